@@ -1,0 +1,300 @@
+//! Calls over one long-lived, pipelined, batched stream: how publishers speak to a registry, and everyone to a saver.
+//!
+//! Callers hold a cheap handle; a task owns the stream, sends what has queued up as one batch, matches answers by
+//! number, and reconnects with backoff. A queue that is full and an answer that does not come are errors within a
+//! bounded time, never a wait without end.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status, Streaming};
+
+use crate::v1;
+
+/// What is spoken on the stream.
+pub trait Protocol: Send + Sync + 'static {
+    type Request: Send + 'static;
+    type Reply: Send + 'static;
+    type RequestBatch: Send + 'static;
+    type ReplyBatch: Send + 'static;
+    fn batch(requests: Vec<Self::Request>) -> Self::RequestBatch;
+    fn unbatch(batch: Self::ReplyBatch) -> Vec<Self::Reply>;
+    fn set_correlation(request: &mut Self::Request, correlation: u64);
+    fn correlation(reply: &Self::Reply) -> u64;
+    fn open(
+        channel: Channel,
+        requests: ReceiverStream<Self::RequestBatch>,
+    ) -> impl Future<Output = Result<Streaming<Self::ReplyBatch>, Status>> + Send;
+}
+
+/// `Registry.Publish`.
+pub struct Publishing;
+/// `Saver.Exchange`.
+pub struct Saving;
+
+impl Protocol for Publishing {
+    type Request = v1::PublishRequest;
+    type Reply = v1::Published;
+    type RequestBatch = v1::PublishBatch;
+    type ReplyBatch = v1::PublishedBatch;
+    fn batch(requests: Vec<Self::Request>) -> Self::RequestBatch {
+        v1::PublishBatch { requests }
+    }
+    fn unbatch(batch: Self::ReplyBatch) -> Vec<Self::Reply> {
+        batch.replies
+    }
+    fn set_correlation(request: &mut Self::Request, correlation: u64) {
+        request.correlation = correlation;
+    }
+    fn correlation(reply: &Self::Reply) -> u64 {
+        reply.correlation
+    }
+    async fn open(
+        channel: Channel,
+        requests: ReceiverStream<Self::RequestBatch>,
+    ) -> Result<Streaming<Self::ReplyBatch>, Status> {
+        let mut client = v1::registry_client::RegistryClient::new(channel)
+            .max_decoding_message_size(crate::MAX_GRPC_MESSAGE_BYTES)
+            .max_encoding_message_size(crate::MAX_GRPC_MESSAGE_BYTES);
+        Ok(client.publish(Request::new(requests)).await?.into_inner())
+    }
+}
+
+impl Protocol for Saving {
+    type Request = v1::SaverRequest;
+    type Reply = v1::SaverReply;
+    type RequestBatch = v1::SaverRequests;
+    type ReplyBatch = v1::SaverReplies;
+    fn batch(requests: Vec<Self::Request>) -> Self::RequestBatch {
+        v1::SaverRequests { requests }
+    }
+    fn unbatch(batch: Self::ReplyBatch) -> Vec<Self::Reply> {
+        batch.replies
+    }
+    fn set_correlation(request: &mut Self::Request, correlation: u64) {
+        request.correlation = correlation;
+    }
+    fn correlation(reply: &Self::Reply) -> u64 {
+        reply.correlation
+    }
+    async fn open(
+        channel: Channel,
+        requests: ReceiverStream<Self::RequestBatch>,
+    ) -> Result<Streaming<Self::ReplyBatch>, Status> {
+        let mut client = v1::saver_client::SaverClient::new(channel)
+            .max_decoding_message_size(crate::MAX_GRPC_MESSAGE_BYTES)
+            .max_encoding_message_size(crate::MAX_GRPC_MESSAGE_BYTES);
+        Ok(client.exchange(Request::new(requests)).await?.into_inner())
+    }
+}
+
+/// Why there is no answer. In every case the request may or may not have been carried out, except `Overloaded`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    #[error("too many requests are waiting for {0}")]
+    Overloaded(String),
+    #[error("the connection to {0} was lost")]
+    Disconnected(String),
+    #[error("no answer from {0} in time")]
+    TimedOut(String),
+}
+
+/// Limits of one exchange.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Requests that may wait to be sent.
+    pub queue: usize,
+    /// Requests that may be unanswered.
+    pub in_flight: usize,
+    /// Requests in one batch.
+    pub batch: usize,
+    /// From call to answer.
+    pub timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { queue: 65_536, in_flight: 65_536, batch: 1024, timeout: Duration::from_secs(10) }
+    }
+}
+
+struct Call<P: Protocol> {
+    request: P::Request,
+    // None: nobody waits for the answer.
+    reply: Option<oneshot::Sender<Result<P::Reply, CallError>>>,
+    deadline: Instant,
+}
+
+/// A handle; clones share the stream. The stream ends when the last handle is dropped.
+pub struct Exchange<P: Protocol> {
+    calls: mpsc::Sender<Call<P>>,
+    target: String,
+    timeout: Duration,
+}
+
+impl<P: Protocol> Clone for Exchange<P> {
+    fn clone(&self) -> Self {
+        Exchange { calls: self.calls.clone(), target: self.target.clone(), timeout: self.timeout }
+    }
+}
+
+impl<P: Protocol> Exchange<P> {
+    /// Starts the task that connects to `endpoint` and stays connected. Must be called within a tokio runtime.
+    pub fn start(endpoint: Endpoint, options: Options) -> Self {
+        let (calls, receiver) = mpsc::channel(options.queue);
+        let target = endpoint.uri().to_string();
+        let timeout = options.timeout;
+        tokio::spawn(run::<P>(endpoint, target.clone(), receiver, options));
+        Exchange { calls, target, timeout }
+    }
+
+    /// Queues the request now (so that calls keep their order) and gives a future for its answer.
+    pub fn call(
+        &self,
+        request: P::Request,
+    ) -> impl Future<Output = Result<P::Reply, CallError>> + Send + use<P> {
+        let (reply, answer) = oneshot::channel();
+        let deadline = Instant::now() + self.timeout;
+        let queued = self.calls.try_send(Call { request, reply: Some(reply), deadline });
+        let target = self.target.clone();
+        async move {
+            if queued.is_err() {
+                return Err(CallError::Overloaded(target));
+            }
+            match tokio::time::timeout_at(deadline, answer).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err(CallError::Disconnected(target)),
+                Err(_) => Err(CallError::TimedOut(target)),
+            }
+        }
+    }
+
+    /// Queues a request whose answer nobody needs; in order with the calls of this handle.
+    pub fn send(&self, request: P::Request) -> Result<(), CallError> {
+        let deadline = Instant::now() + self.timeout;
+        let call = Call { request, reply: None, deadline };
+        self.calls.try_send(call).map_err(|_| CallError::Overloaded(self.target.clone()))
+    }
+}
+
+async fn run<P: Protocol>(
+    endpoint: Endpoint,
+    target: String,
+    mut calls: mpsc::Receiver<Call<P>>,
+    options: Options,
+) {
+    let mut next_correlation = 1_u64;
+    let mut backoff = Duration::from_millis(20);
+    // One round a connection. Between two of them, calls wait in the queue until their deadline.
+    while !calls.is_closed() || !calls.is_empty() {
+        let (batches, outbound) = mpsc::channel(64);
+        let opened = async {
+            let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+            P::open(channel, ReceiverStream::new(outbound)).await.map_err(|status| status.to_string())
+        };
+        match opened.await {
+            Ok(inbound) => {
+                backoff = Duration::from_millis(20);
+                let ended = converse::<P>(&mut calls, batches, inbound, &mut next_correlation, &options, &target);
+                if ended.await {
+                    return;
+                }
+                tracing::debug!(%target, "stream ended, connecting again");
+            }
+            Err(error) => {
+                tracing::debug!(%target, %error, "cannot connect, trying again");
+                backoff = (backoff * 2).min(Duration::from_secs(2));
+            }
+        }
+        drop_expired(&mut calls);
+        tokio::time::sleep(backoff.mul_f64(0.5 + f64::from(jitter()) / 65536.0)).await;
+    }
+}
+
+/// Calls whose callers have given up need not be sent; they are at the front of the queue.
+fn drop_expired<P: Protocol>(calls: &mut mpsc::Receiver<Call<P>>) {
+    // mpsc has no peek: closed reply channels are skipped when they are taken (see `converse`). Here only the case of a
+    // queue full of them matters: it is emptied, each of its callers having been answered by the deadline.
+    if calls.capacity() == 0 {
+        while let Ok(call) = calls.try_recv() {
+            if let Some(reply) = call.reply {
+                let _ = reply.send(Err(CallError::Disconnected("a full queue".to_owned())));
+            }
+        }
+    }
+}
+
+fn jitter() -> u16 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.subsec_nanos() as u16)
+}
+
+/// Speaks on one connection until it ends. True when no handle is left.
+async fn converse<P: Protocol>(
+    calls: &mut mpsc::Receiver<Call<P>>,
+    batches: mpsc::Sender<P::RequestBatch>,
+    mut inbound: Streaming<P::ReplyBatch>,
+    next_correlation: &mut u64,
+    options: &Options,
+    target: &str,
+) -> bool {
+    type Waiting<R> = (oneshot::Sender<Result<R, CallError>>, Instant);
+    let mut waiting: HashMap<u64, Waiting<P::Reply>> = HashMap::new();
+    let mut taken = Vec::with_capacity(options.batch);
+    // The next batch, until the stream has room for it; answers are read meanwhile.
+    let mut outgoing = Vec::new();
+    let mut sweep = tokio::time::interval(Duration::from_secs(1));
+    let all_gone = loop {
+        tokio::select! {
+            received = inbound.message() => match received {
+                Ok(Some(batch)) => for reply in P::unbatch(batch) {
+                    if let Some((waiter, _)) = waiting.remove(&P::correlation(&reply)) {
+                        let _ = waiter.send(Ok(reply));
+                    }
+                },
+                Ok(None) => break false,
+                Err(status) => {
+                    tracing::debug!(%target, %status, "stream failed");
+                    break false;
+                }
+            },
+            permit = batches.reserve(), if !outgoing.is_empty() => match permit {
+                Ok(permit) => permit.send(P::batch(std::mem::take(&mut outgoing))),
+                Err(_) => break false,
+            },
+            count = calls.recv_many(&mut taken, options.batch),
+                if outgoing.is_empty() && waiting.len() < options.in_flight =>
+            {
+                if count == 0 {
+                    break true;
+                }
+                let now = Instant::now();
+                for mut call in taken.drain(..) {
+                    // Whoever has given up by now must not have it carried out later.
+                    if call.deadline <= now || call.reply.as_ref().is_some_and(oneshot::Sender::is_closed) {
+                        continue;
+                    }
+                    let correlation = *next_correlation;
+                    *next_correlation += 1;
+                    P::set_correlation(&mut call.request, correlation);
+                    if let Some(reply) = call.reply {
+                        waiting.insert(correlation, (reply, call.deadline));
+                    }
+                    outgoing.push(call.request);
+                }
+            },
+            _ = sweep.tick() => {
+                let now = Instant::now();
+                waiting.retain(|_, (_, deadline)| *deadline > now);
+            },
+        }
+    };
+    for (_, (waiter, _)) in waiting {
+        let _ = waiter.send(Err(CallError::Disconnected(target.to_owned())));
+    }
+    all_gone
+}
