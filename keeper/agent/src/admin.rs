@@ -1,0 +1,390 @@
+//! The keeper for people and tools: read and change configuration, send commands, look around.
+//!
+//! [`Admin`] is a cheap handle that connects when it is first used, and tries one keeper after another.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use carillon_proto::v1;
+use carillon_proto::v1::keeper_client::KeeperClient;
+use parking_lot::Mutex;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use crate::document::Violation;
+use crate::{Instance, SlotMap, board, link};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a call to the keeper came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// Nothing is listening, or no keeper has a leader. May be tried again.
+    #[error("no keeper answers at {keepers}: {reason}")]
+    Unreachable { keepers: String, reason: String },
+    /// The document was not accepted.
+    #[error("{document} is refused: {}", list(.violations))]
+    Refused { document: String, violations: Vec<Violation> },
+    /// Somebody else has changed the document since.
+    #[error("{document} is at revision {current} by now, not at {expected}: look at it again and repeat the change")]
+    Conflict { document: String, expected: u64, current: u64 },
+    #[error("{0}")]
+    NotFound(String),
+    /// The call makes no sense as it is.
+    #[error("{0}")]
+    Invalid(String),
+    /// The command was carried out and failed, or was not carried out in time.
+    #[error("command {name} at {instance} {outcome}: {output}")]
+    Command { name: String, instance: String, outcome: &'static str, output: String },
+    #[error("keeper: {0}")]
+    Other(String),
+}
+
+fn list(violations: &[Violation]) -> String {
+    violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// One revision of a document.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Revision {
+    pub document: String,
+    /// 1, 2, 3 …; 0 = never published.
+    pub revision: u64,
+    pub yaml: String,
+    pub author: String,
+    /// Unix time, milliseconds.
+    pub time_ms: u64,
+    pub comment: String,
+    /// The document was taken away at this revision.
+    pub deleted: bool,
+}
+
+impl From<v1::ConfigRevision> for Revision {
+    fn from(revision: v1::ConfigRevision) -> Self {
+        Revision {
+            document: revision.document,
+            revision: revision.revision,
+            yaml: revision.yaml,
+            author: revision.author,
+            time_ms: revision.time_ms,
+            comment: revision.comment,
+            deleted: revision.deleted,
+        }
+    }
+}
+
+/// A document as it is published, and as it works.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Document {
+    #[serde(flatten)]
+    pub revision: Revision,
+    /// With all defaults filled in.
+    pub effective: serde_json::Value,
+}
+
+/// A kind of document.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Kind {
+    pub kind: String,
+    pub named: bool,
+    pub schema: serde_json::Value,
+}
+
+/// What an instance has made of a document.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Applied {
+    pub instance: String,
+    pub document: String,
+    /// 0 = the defaults.
+    pub applied_revision: u64,
+    /// A later revision that it refused, and why.
+    pub refused: Option<(u64, String)>,
+    pub time_ms: u64,
+}
+
+/// How the keeper itself is.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct KeeperStatus {
+    pub cluster_id: String,
+    pub node_id: u64,
+    pub leader_id: Option<u64>,
+    pub term: u64,
+    pub last_log_index: u64,
+    pub applied_index: u64,
+    pub snapshot_index: u64,
+    pub revision: u64,
+    pub compacted_revision: u64,
+    pub keys: u64,
+    pub bytes: u64,
+    pub quota_bytes: u64,
+    pub leases: u64,
+    pub watches: u64,
+    pub version: String,
+}
+
+/// What is to be done with a document.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// The whole document, YAML or JSON.
+    Yaml(String),
+    /// Some fields: path and YAML value; None takes the field out, so that its default holds.
+    Sets(Vec<(String, Option<String>)>),
+    /// Back to what it was at this revision, as a new revision.
+    RollbackTo(u64),
+    /// Takes the document away.
+    Delete,
+}
+
+/// Who changes a document, and on what conditions.
+#[derive(Debug, Clone, Default)]
+pub struct ChangeOptions {
+    pub author: String,
+    pub comment: String,
+    /// Refuse with [`AdminError::Conflict`] when the document has another revision.
+    pub expected_revision: Option<u64>,
+    /// Only check.
+    pub dry_run: bool,
+}
+
+/// A cheap handle.
+#[derive(Clone)]
+pub struct Admin {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    keepers: Vec<String>,
+    client: Mutex<Option<KeeperClient<Channel>>>,
+}
+
+impl Admin {
+    /// `keepers`: `http://host:port` each. Connects when first used.
+    pub fn new(keepers: Vec<String>) -> Self {
+        Admin { inner: Arc::new(Inner { keepers, client: Mutex::new(None) }) }
+    }
+
+    /// The document as it is now, or as it was at a revision. One that was never published has revision 0 and its
+    /// defaults; one of a named kind is then `NotFound`.
+    pub async fn get(&self, document: &str, revision: Option<u64>) -> Result<Document, AdminError> {
+        let request = v1::GetConfigRequest { document: document.to_owned(), revision: revision.unwrap_or(0) };
+        let answer = self.call(request, async |mut client, request| client.get_config(request).await).await?;
+        let effective = serde_json::from_str(&answer.effective_json)
+            .map_err(|error| AdminError::Other(format!("its answer cannot be read: {error}")))?;
+        Ok(Document { revision: answer.revision.unwrap_or_default().into(), effective })
+    }
+
+    /// Changes a document; it is checked before it is accepted.
+    pub async fn change(
+        &self,
+        document: &str,
+        change: Change,
+        options: ChangeOptions,
+    ) -> Result<Revision, AdminError> {
+        use v1::publish_config_request::Change as Wire;
+        use v1::publish_config_response::Outcome;
+        let change = match change {
+            Change::Yaml(yaml) => Wire::Yaml(yaml),
+            Change::Sets(sets) => {
+                let sets = sets.into_iter().map(|(path, value)| v1::ConfigSet { path, value }).collect();
+                Wire::Sets(v1::ConfigSets { sets })
+            }
+            Change::RollbackTo(revision) => Wire::RollbackTo(revision),
+            Change::Delete => Wire::Delete(true),
+        };
+        let request = v1::PublishConfigRequest {
+            document: document.to_owned(),
+            change: Some(change),
+            expected_revision: options.expected_revision,
+            author: options.author,
+            comment: options.comment,
+            dry_run: options.dry_run,
+        };
+        let answer = self.call(request, async |mut client, request| client.publish_config(request).await).await?;
+        match answer.outcome {
+            Some(Outcome::Accepted(revision)) => Ok(revision.into()),
+            Some(Outcome::Refused(refused)) => Err(AdminError::Refused {
+                document: document.to_owned(),
+                violations: refused.violations.into_iter().map(|v| Violation::new(v.path, v.message)).collect(),
+            }),
+            Some(Outcome::Conflict(current)) => Err(AdminError::Conflict {
+                document: document.to_owned(),
+                expected: options.expected_revision.unwrap_or(0),
+                current,
+            }),
+            None => Err(AdminError::Other("its answer is empty".to_owned())),
+        }
+    }
+
+    /// Sets some fields of the current document: `[("limits.max_payload_bytes", Some("65536"))]`.
+    pub async fn set(
+        &self,
+        document: &str,
+        sets: Vec<(String, Option<String>)>,
+        options: ChangeOptions,
+    ) -> Result<Revision, AdminError> {
+        self.change(document, Change::Sets(sets), options).await
+    }
+
+    /// Publishes a whole document.
+    pub async fn publish(&self, document: &str, yaml: &str, options: ChangeOptions) -> Result<Revision, AdminError> {
+        self.change(document, Change::Yaml(yaml.to_owned()), options).await
+    }
+
+    /// Makes a former revision the newest again.
+    pub async fn rollback(&self, document: &str, to: u64, options: ChangeOptions) -> Result<Revision, AdminError> {
+        self.change(document, Change::RollbackTo(to), options).await
+    }
+
+    /// All published documents, or those of a kind, by name.
+    pub async fn list(&self, kind: Option<&str>) -> Result<Vec<Revision>, AdminError> {
+        let request = v1::ListConfigRequest { kind: kind.unwrap_or_default().to_owned() };
+        let answer = self.call(request, async |mut client, request| client.list_config(request).await).await?;
+        Ok(answer.documents.into_iter().map(Into::into).collect())
+    }
+
+    /// A document's revisions, newest first.
+    pub async fn history(&self, document: &str, limit: u32) -> Result<Vec<Revision>, AdminError> {
+        let request = v1::ConfigHistoryRequest { document: document.to_owned(), limit };
+        let answer = self.call(request, async |mut client, request| client.config_history(request).await).await?;
+        Ok(answer.revisions.into_iter().map(Into::into).collect())
+    }
+
+    /// Which kinds of document there are.
+    pub async fn kinds(&self) -> Result<Vec<Kind>, AdminError> {
+        let request = v1::ConfigKindsRequest {};
+        let answer = self.call(request, async |mut client, request| client.config_kinds(request).await).await?;
+        let kind = |kind: v1::ConfigKind| Kind {
+            kind: kind.kind,
+            named: kind.named,
+            schema: serde_json::from_str(&kind.schema_json).unwrap_or(serde_json::Value::Null),
+        };
+        Ok(answer.kinds.into_iter().map(kind).collect())
+    }
+
+    /// What each instance has applied of a document, or of all.
+    pub async fn applied(&self, document: Option<&str>) -> Result<Vec<Applied>, AdminError> {
+        let request = v1::ConfigStatusRequest { document: document.unwrap_or_default().to_owned() };
+        let answer = self.call(request, async |mut client, request| client.config_status(request).await).await?;
+        let applied = |applied: v1::AppliedConfig| Applied {
+            instance: applied.instance,
+            document: applied.document,
+            applied_revision: applied.applied_revision,
+            refused: (!applied.refusal.is_empty()).then_some((applied.refused_revision, applied.refusal)),
+            time_ms: applied.time_ms,
+        };
+        Ok(answer.applied.into_iter().map(applied).collect())
+    }
+
+    /// The live instances by id, and who owns which slot.
+    pub async fn instances(&self) -> Result<(Vec<Instance>, SlotMap), AdminError> {
+        let request = v1::ListInstancesRequest {};
+        let answer = self.call(request, async |mut client, request| client.list_instances(request).await).await?;
+        let instances = answer.instances.into_iter().map(Instance::from_record).collect();
+        Ok((instances, board::slot_map(answer.slots_revision, answer.slots.unwrap_or_default())))
+    }
+
+    /// Has an instance do something, and waits for its answer, at most `within`.
+    pub async fn command(
+        &self,
+        instance: &str,
+        name: &str,
+        arguments: BTreeMap<String, String>,
+        within: Duration,
+    ) -> Result<String, AdminError> {
+        let request = v1::SendCommandRequest {
+            instance: instance.to_owned(),
+            name: name.to_owned(),
+            arguments: arguments.into_iter().collect(),
+            timeout_ms: u64::try_from(within.as_millis()).unwrap_or(u64::MAX),
+        };
+        // A keeper that answers is found first: the command itself is sent once, because it may have arrived even when
+        // no answer comes.
+        self.status().await?;
+        let client = self.inner.client.lock().clone();
+        let Some(mut client) = client else { return Err(AdminError::Other("the connection was lost".to_owned())) };
+        let answer = tokio::time::timeout(within + CALL_TIMEOUT, client.send_command(request)).await;
+        let answer = answer.map_err(|_| AdminError::Other("the keeper did not answer in time".to_owned()))?;
+        let command = answer.map_err(explain)?.into_inner().command.unwrap_or_default();
+        let outcome = match command.state() {
+            v1::CommandState::CommandDone => return Ok(command.output),
+            v1::CommandState::CommandFailed => "failed",
+            _ => "was not answered in time",
+        };
+        let (name, instance) = (name.to_owned(), instance.to_owned());
+        Err(AdminError::Command { name, instance, outcome, output: command.output })
+    }
+
+    /// How the keeper itself is.
+    pub async fn status(&self) -> Result<KeeperStatus, AdminError> {
+        let request = v1::KeeperStatusRequest {};
+        let s = self.call(request, async |mut client, request| client.keeper_status(request).await).await?;
+        Ok(KeeperStatus {
+            cluster_id: s.cluster_id,
+            node_id: s.node_id,
+            leader_id: (s.leader_id != 0).then_some(s.leader_id),
+            term: s.term,
+            last_log_index: s.last_log_index,
+            applied_index: s.applied_index,
+            snapshot_index: s.snapshot_index,
+            revision: s.revision,
+            compacted_revision: s.compacted_revision,
+            keys: s.keys,
+            bytes: s.bytes,
+            quota_bytes: s.quota_bytes,
+            leases: s.leases,
+            watches: s.watches,
+            version: s.version,
+        })
+    }
+
+    /// Tries one keeper after another. Only for calls that may be carried out twice.
+    async fn call<Q: Clone, A>(
+        &self,
+        request: Q,
+        send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
+    ) -> Result<A, AdminError> {
+        let mut reason = "no keeper is configured".to_owned();
+        let known = self.inner.client.lock().clone();
+        let known = known.into_iter().map(Ok);
+        for candidate in known.chain(self.inner.keepers.iter().map(Err)) {
+            let client = match candidate {
+                Ok(client) => client,
+                Err(keeper) => match connect(keeper).await {
+                    Ok(client) => client,
+                    Err(error) => {
+                        reason = error;
+                        continue;
+                    }
+                },
+            };
+            match tokio::time::timeout(CALL_TIMEOUT, send(client.clone(), request.clone())).await {
+                Ok(Ok(answer)) => {
+                    *self.inner.client.lock() = Some(client);
+                    return Ok(answer.into_inner());
+                }
+                Ok(Err(status)) if status.code() == Code::Unavailable => reason = status.message().to_owned(),
+                Ok(Err(status)) => return Err(explain(status)),
+                Err(_) => return Err(AdminError::Other("no answer within 10 s".to_owned())),
+            }
+        }
+        *self.inner.client.lock() = None;
+        Err(AdminError::Unreachable { keepers: self.inner.keepers.join(", "), reason })
+    }
+}
+
+async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, String> {
+    let endpoint = Endpoint::from_shared(keeper.to_owned()).map_err(|error| error.to_string())?;
+    let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+    Ok(link::client(endpoint.connect().await.map_err(|error| link::describe(&error))?))
+}
+
+fn explain(status: Status) -> AdminError {
+    let message = status.message().to_owned();
+    match status.code() {
+        Code::NotFound => AdminError::NotFound(message),
+        Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted => AdminError::Invalid(message),
+        _ => AdminError::Other(message),
+    }
+}

@@ -1,0 +1,472 @@
+//! What the agent knows, and who is told when it changes: pure of I/O, so that it can be tested without a keeper.
+
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use carillon_proto::v1;
+use prost::Message as _;
+use tokio::sync::watch;
+
+use crate::document::{self, ConfigDocument, Violation};
+use crate::{Instance, Role, SlotMap, SlotOwner, keys};
+
+/// Most answers to commands that wait for the keeper.
+const MAX_ANSWERS: usize = 1024;
+/// Most commands that are remembered as seen.
+const MAX_SEEN: usize = 4096;
+
+/// The keeper's state as far as it concerns this process, at one revision.
+#[derive(Debug, Default)]
+pub(crate) struct View {
+    pub revision: u64,
+    pub cluster_id: String,
+    documents: BTreeMap<String, v1::ConfigRevision>,
+    instances: BTreeMap<String, Instance>,
+    slots: Arc<SlotMap>,
+    commands: BTreeMap<String, v1::CommandRecord>,
+}
+
+/// What an event was about.
+enum Changed {
+    Document(String),
+    Instances,
+    Slots,
+    Command(String),
+    Nothing,
+}
+
+impl View {
+    /// Takes in one event. What cannot be decoded is logged and passed over: one record of a newer keeper must not
+    /// stop the rest.
+    fn take(&mut self, event: &v1::WatchEvent) -> Changed {
+        let Some(item) = &event.item else { return Changed::Nothing };
+        let key = item.key.as_str();
+        let value = (!event.deleted).then(|| item.value.clone());
+        let unreadable = |error: prost::DecodeError| {
+            tracing::warn!(key, %error, "record of the keeper cannot be read");
+            Changed::Nothing
+        };
+        if let Some(document) = key.strip_prefix(keys::CONFIG) {
+            match value.map(v1::ConfigRevision::decode).transpose() {
+                Ok(Some(revision)) => drop(self.documents.insert(document.to_owned(), revision)),
+                Ok(None) => drop(self.documents.remove(document)),
+                Err(error) => return unreadable(error),
+            }
+            Changed::Document(document.to_owned())
+        } else if let Some(id) = key.strip_prefix(keys::INSTANCES) {
+            match value.map(v1::InstanceRecord::decode).transpose() {
+                Ok(Some(record)) => drop(self.instances.insert(id.to_owned(), Instance::from_record(record))),
+                Ok(None) => drop(self.instances.remove(id)),
+                Err(error) => return unreadable(error),
+            }
+            Changed::Instances
+        } else if key == keys::SLOTS {
+            match value.map(v1::SlotRecord::decode).transpose() {
+                Ok(record) => self.slots = Arc::new(slot_map(item.mod_revision, record.unwrap_or_default())),
+                Err(error) => return unreadable(error),
+            }
+            Changed::Slots
+        } else if let Some(command) = key.strip_prefix(keys::COMMANDS) {
+            match value.map(v1::CommandRecord::decode).transpose() {
+                Ok(Some(record)) => drop(self.commands.insert(command.to_owned(), record)),
+                Ok(None) => drop(self.commands.remove(command)),
+                Err(error) => return unreadable(error),
+            }
+            Changed::Command(command.to_owned())
+        } else {
+            Changed::Nothing
+        }
+    }
+}
+
+/// The keeper's slot record as everyone else reads it.
+pub(crate) fn slot_map(revision: u64, record: v1::SlotRecord) -> SlotMap {
+    let owners: Vec<(Arc<str>, u64)> =
+        record.owners.iter().map(|owner| (Arc::from(owner.instance.as_str()), owner.incarnation)).collect();
+    let nobody: (Arc<str>, u64) = (Arc::from(""), 0);
+    let slots = record.owner_of.iter().zip(&record.epochs).map(|(&owner, &epoch)| {
+        let (instance, incarnation) =
+            (owner as usize).checked_sub(1).and_then(|i| owners.get(i)).unwrap_or(&nobody).clone();
+        SlotOwner { instance, incarnation, epoch }
+    });
+    SlotMap { revision, slots: slots.collect() }
+}
+
+/// Somebody in this process who wants documents of a kind.
+trait Sink: Send {
+    /// Takes in a document, or that it is gone.
+    fn apply(&mut self, name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>>;
+    /// Tells the receivers, if anything has changed since the last time.
+    fn publish(&mut self);
+    /// Is it for a kind of which there is one document? Then its absence, too, is a state worth reporting.
+    fn single(&self) -> bool;
+    fn as_any(&self) -> &dyn Any;
+}
+
+struct One<T> {
+    sender: watch::Sender<Arc<T>>,
+    next: Option<Arc<T>>,
+}
+
+impl<T: ConfigDocument> Sink for One<T> {
+    fn apply(&mut self, _name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>> {
+        self.next = Some(Arc::new(yaml.map_or_else(|| Ok(T::default()), |yaml| document::parse(None, yaml))?));
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.sender.send_if_modified(|present| {
+                let changed = !same(&**present, &*next);
+                *present = next;
+                changed
+            });
+        }
+    }
+
+    fn single(&self) -> bool {
+        true
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+type ByName<T> = BTreeMap<String, Arc<T>>;
+
+struct Named<T> {
+    sender: watch::Sender<Arc<ByName<T>>>,
+    next: Option<ByName<T>>,
+}
+
+impl<T: ConfigDocument> Sink for Named<T> {
+    fn apply(&mut self, name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>> {
+        let Some(name) = name else { return Err(vec![Violation::new("", "this kind of document needs a name")]) };
+        let parsed = yaml.map(|yaml| document::parse::<T>(Some(name), yaml)).transpose()?;
+        let present = self.sender.borrow().clone();
+        let before = self.next.as_ref().unwrap_or(&present).get(name);
+        match (before, parsed) {
+            (None, None) => {}
+            (Some(before), Some(parsed)) if same(&**before, &parsed) => {}
+            (_, parsed) => {
+                let next = self.next.get_or_insert_with(|| (*present).clone());
+                match parsed {
+                    Some(parsed) => drop(next.insert(name.to_owned(), Arc::new(parsed))),
+                    None => drop(next.remove(name)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.sender.send_replace(Arc::new(next));
+        }
+    }
+
+    fn single(&self) -> bool {
+        false
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Documents have no `PartialEq` of their own; two that serialize to the same are the same.
+fn same<T: ConfigDocument>(a: &T, b: &T) -> bool {
+    match (serde_json::to_value(a), serde_json::to_value(b)) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
+}
+
+/// What was done with a document here, and whether the keeper has been told.
+struct Applied {
+    record: v1::AppliedConfig,
+    told: bool,
+}
+
+/// All that the agent's handle and its task share.
+pub(crate) struct Board {
+    pub view: View,
+    /// The whole state has arrived once.
+    pub synced: bool,
+    /// The instances whose commands `view` covers; a watch can be resumed when they are still the ones. None: what is
+    /// known cannot be built on.
+    pub covered: Option<Vec<String>>,
+    /// What this process wants to be known as, by id.
+    pub registrations: BTreeMap<String, Instance>,
+    /// Answers to commands that the keeper has not got yet.
+    pub answers: VecDeque<v1::AnswerCommandRequest>,
+    sinks: HashMap<&'static str, Box<dyn Sink>>,
+    by_role: HashMap<Role, watch::Sender<Arc<Vec<Instance>>>>,
+    slots: watch::Sender<Arc<SlotMap>>,
+    applied: BTreeMap<String, Applied>,
+    /// Commands that this process has been given or has answered: key → deadline.
+    seen: BTreeMap<String, u64>,
+}
+
+impl Board {
+    pub(crate) fn new() -> Self {
+        Board {
+            view: View::default(),
+            synced: false,
+            covered: None,
+            registrations: BTreeMap::new(),
+            answers: VecDeque::new(),
+            sinks: HashMap::new(),
+            by_role: HashMap::new(),
+            slots: watch::Sender::new(Arc::default()),
+            applied: BTreeMap::new(),
+            seen: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn config<T: ConfigDocument>(&mut self) -> watch::Receiver<Arc<T>> {
+        if !self.sinks.contains_key(T::KIND) {
+            let sink = One { sender: watch::Sender::new(Arc::new(T::default())), next: None };
+            self.add_sink(T::KIND, Box::new(sink));
+        }
+        match self.sinks.get(T::KIND).and_then(|sink| sink.as_any().downcast_ref::<One<T>>()) {
+            Some(sink) => sink.sender.subscribe(),
+            // Two Rust types that claim one kind: a mistake in the program, found at its first start.
+            None => panic!("document kind {} is used with two types, or both as one document and as named", T::KIND),
+        }
+    }
+
+    pub(crate) fn configs<T: ConfigDocument>(&mut self) -> watch::Receiver<Arc<ByName<T>>> {
+        if !self.sinks.contains_key(T::KIND) {
+            let sink = Named::<T> { sender: watch::Sender::new(Arc::default()), next: None };
+            self.add_sink(T::KIND, Box::new(sink));
+        }
+        match self.sinks.get(T::KIND).and_then(|sink| sink.as_any().downcast_ref::<Named<T>>()) {
+            Some(sink) => sink.sender.subscribe(),
+            None => panic!("document kind {} is used with two types, or both as one document and as named", T::KIND),
+        }
+    }
+
+    fn add_sink(&mut self, kind: &'static str, sink: Box<dyn Sink>) {
+        self.sinks.insert(kind, sink);
+        let known: Vec<String> =
+            self.view.documents.keys().filter(|d| keys::split_document(d).0 == kind).cloned().collect();
+        if known.is_empty() && self.synced {
+            self.apply_default(kind);
+        }
+        for document in known {
+            self.apply_document(&document);
+        }
+        self.publish_documents();
+    }
+
+    /// Nothing has been published of this kind: its defaults are applied.
+    fn apply_default(&mut self, kind: &'static str) {
+        if self.sinks.get(kind).is_some_and(|sink| sink.single()) {
+            self.apply_document(kind);
+        }
+    }
+
+    pub(crate) fn instances(&mut self, role: Role) -> watch::Receiver<Arc<Vec<Instance>>> {
+        let view = &self.view;
+        self.by_role.entry(role).or_insert_with(|| watch::Sender::new(Arc::new(of_role(view, role)))).subscribe()
+    }
+
+    pub(crate) fn slots(&self) -> watch::Receiver<Arc<SlotMap>> {
+        self.slots.subscribe()
+    }
+
+    /// Changes of one revision. Returns the commands that are to be carried out now.
+    pub(crate) fn events(&mut self, revision: u64, events: &[v1::WatchEvent], now_ms: u64) -> Vec<v1::CommandRecord> {
+        let (mut instances, mut slots, mut commands) = (false, false, Vec::new());
+        for event in events {
+            match self.view.take(event) {
+                Changed::Document(document) => self.apply_document(&document),
+                Changed::Instances => instances = true,
+                Changed::Slots => slots = true,
+                Changed::Command(key) => commands.extend(self.command_changed(&key, now_ms)),
+                Changed::Nothing => {}
+            }
+        }
+        self.view.revision = revision;
+        self.publish_documents();
+        // Addresses first: who hears of a new owner can then also reach it.
+        if instances {
+            self.publish_instances();
+        }
+        if slots {
+            self.publish_slots();
+        }
+        commands
+    }
+
+    /// Takes in the whole state anew. Returns the commands that are to be carried out now.
+    pub(crate) fn replace(&mut self, cluster_id: String, state: Vec<v1::WatchEvent>, now_ms: u64) -> Vec<v1::CommandRecord> {
+        let mut fresh = View { cluster_id, ..View::default() };
+        for event in &state {
+            fresh.take(event);
+            fresh.revision = fresh.revision.max(event.item.as_ref().map_or(0, |item| item.mod_revision));
+        }
+        let before = std::mem::replace(&mut self.view, fresh);
+        let other_cluster = !before.cluster_id.is_empty() && before.cluster_id != self.view.cluster_id;
+        let mut documents: Vec<String> = before.documents.keys().cloned().collect();
+        documents.extend(self.view.documents.keys().cloned());
+        documents.sort();
+        documents.dedup();
+        for document in documents {
+            let revision = |view: &View| view.documents.get(&document).map(|d| d.revision);
+            if other_cluster || revision(&before) != revision(&self.view) {
+                self.apply_document(&document);
+            }
+        }
+        if !self.synced {
+            let kinds: Vec<_> = self.sinks.keys().copied().collect();
+            for kind in kinds.into_iter().filter(|kind| !self.view.documents.contains_key(*kind)).collect::<Vec<_>>() {
+                self.apply_default(kind);
+            }
+        }
+        self.publish_documents();
+        self.publish_instances();
+        self.publish_slots();
+        self.synced = true;
+        let commands: Vec<String> = self.view.commands.keys().cloned().collect();
+        commands.iter().filter_map(|key| self.command_changed(key, now_ms)).collect()
+    }
+
+    /// Gives a document to who wants it, and notes what became of it.
+    fn apply_document(&mut self, document: &str) {
+        let (kind, name) = keys::split_document(document);
+        let Some(sink) = self.sinks.get_mut(kind) else { return };
+        let current = self.view.documents.get(document);
+        let revision = current.map_or(0, |current| current.revision);
+        let outcome = sink.apply(name, current.map(|current| current.yaml.as_str()));
+        let entry = self.applied.entry(document.to_owned()).or_insert_with(|| Applied {
+            record: v1::AppliedConfig { document: document.to_owned(), ..Default::default() },
+            told: false,
+        });
+        entry.told = false;
+        match outcome {
+            Ok(()) => {
+                entry.record.applied_revision = revision;
+                entry.record.refused_revision = 0;
+                entry.record.refusal.clear();
+                tracing::info!(document, revision, "configuration applied");
+            }
+            Err(violations) => {
+                let refusal = violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                tracing::error!(document, revision, refusal, "configuration refused, the last good one stays in force");
+                entry.record.refused_revision = revision;
+                entry.record.refusal = refusal;
+            }
+        }
+    }
+
+    fn publish_documents(&mut self) {
+        for sink in self.sinks.values_mut() {
+            sink.publish();
+        }
+    }
+
+    fn publish_instances(&mut self) {
+        for (&role, sender) in &self.by_role {
+            let next = of_role(&self.view, role);
+            sender.send_if_modified(|present| {
+                let changed = **present != next;
+                if changed {
+                    *present = Arc::new(next);
+                }
+                changed
+            });
+        }
+    }
+
+    fn publish_slots(&mut self) {
+        let next = &self.view.slots;
+        self.slots.send_if_modified(|present| {
+            let changed = present != next;
+            if changed {
+                *present = next.clone();
+            }
+            changed
+        });
+    }
+
+    /// Decides about a command: begin it, answer it at once, or nothing.
+    fn command_changed(&mut self, key: &str, now_ms: u64) -> Option<v1::CommandRecord> {
+        let Some(command) = self.view.commands.get(key).cloned() else {
+            self.seen.remove(key);
+            return None;
+        };
+        if !self.registrations.contains_key(&command.instance) || self.seen.contains_key(key) {
+            return None;
+        }
+        match command.state() {
+            v1::CommandState::CommandPending if now_ms < command.deadline_ms => {
+                self.remember(key, command.deadline_ms);
+                Some(command)
+            }
+            // Not by this process: the one before it was ended while it carried the command out. Doing it again could
+            // do it twice.
+            v1::CommandState::CommandRunning => {
+                self.remember(key, command.deadline_ms);
+                self.answer(&command, v1::CommandState::CommandFailed, "the instance restarted while carrying it out");
+                None
+            }
+            _ => None,
+        }
+    }
+
+    fn remember(&mut self, key: &str, deadline_ms: u64) {
+        if self.seen.len() >= MAX_SEEN
+            && let Some(oldest) = self.seen.iter().min_by_key(|(_, deadline)| **deadline).map(|(key, _)| key.clone())
+        {
+            self.seen.remove(&oldest);
+        }
+        self.seen.insert(key.to_owned(), deadline_ms);
+    }
+
+    /// Queues an answer for the keeper.
+    pub(crate) fn answer(&mut self, command: &v1::CommandRecord, state: v1::CommandState, output: &str) {
+        if self.answers.len() >= MAX_ANSWERS {
+            self.answers.pop_front();
+        }
+        self.answers.push_back(v1::AnswerCommandRequest {
+            instance: command.instance.clone(),
+            id: command.id.clone(),
+            state: state.into(),
+            output: output.to_owned(),
+        });
+    }
+
+    /// A new lease: what was reported under the old one is gone.
+    pub(crate) fn forget_told(&mut self) {
+        for applied in self.applied.values_mut() {
+            applied.told = false;
+        }
+    }
+
+    /// Up to `limit` reports that the keeper has not got.
+    pub(crate) fn untold(&self, limit: usize) -> Vec<v1::AppliedConfig> {
+        self.applied.values().filter(|applied| !applied.told).take(limit).map(|applied| applied.record.clone()).collect()
+    }
+
+    /// These have arrived; unless they have changed since.
+    pub(crate) fn told(&mut self, reports: &[v1::AppliedConfig]) {
+        for report in reports {
+            if let Some(applied) = self.applied.get_mut(&report.document)
+                && applied.record == *report
+            {
+                applied.told = true;
+            }
+        }
+    }
+}
+
+fn of_role(view: &View, role: Role) -> Vec<Instance> {
+    view.instances.values().filter(|instance| instance.roles.contains(&role)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests;

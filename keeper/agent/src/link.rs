@@ -1,0 +1,399 @@
+//! The agent's task: it holds the connection to a keeper, and starts over with another one, with jitter, when it breaks.
+//!
+//! A session is three loops over one channel: watching, registering with keep-alives, and telling. The first that
+//! fails ends the session; what is known stays.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use carillon_proto::{now_ms, v1, v1::keeper_client::KeeperClient};
+use rand::RngExt as _;
+use tokio::sync::oneshot;
+use tokio::time::{Instant as Clock, sleep, timeout};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use crate::{Command, Instance, Shared, keys};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A unary call that takes longer than this counts as a broken connection.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The keeper sends a progress notice every 5 s; a watch that is silent for this long is dead.
+const WATCH_SILENCE: Duration = Duration::from_secs(20);
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// A registration that the keeper refuses is tried again after this.
+const REFUSED_PAUSE: Duration = Duration::from_secs(5);
+/// For deregistering at the end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Reports in one call; the keeper's limit.
+const REPORTS: usize = 256;
+
+/// A lease that an instance of this process is registered under.
+struct Registered {
+    instance: Instance,
+    lease: u64,
+    ttl: Duration,
+    keep_alive_at: Clock,
+}
+
+type Registrations = BTreeMap<String, Registered>;
+
+pub(crate) async fn run(shared: Arc<Shared>) {
+    let mut registered = Registrations::new();
+    let mut backoff = FIRST_BACKOFF;
+    let mut failures = 0u32;
+    let mut next = rand::rng().random_range(0..shared.keepers.len().max(1));
+    let mut client = None;
+    if shared.keepers.is_empty() {
+        tracing::error!("no keeper is configured, nothing will be known");
+    }
+    while !shared.stop.is_cancelled() && !shared.keepers.is_empty() {
+        let keeper = &shared.keepers[next % shared.keepers.len()];
+        next += 1;
+        let attempt = async {
+            let connected = connect(keeper).await?;
+            client = Some(connected.clone());
+            session(&shared, connected, &mut registered, keeper, &mut failures).await
+        };
+        let error = tokio::select! {
+            () = shared.stop.cancelled() => break,
+            Err(error) = attempt => error,
+        };
+        if shared.connected.send_replace(false) {
+            backoff = FIRST_BACKOFF;
+        }
+        failures += 1;
+        if failures == 1 {
+            tracing::warn!(keeper, error = error.message(), "keeper lost, the last known state stays in force");
+        } else {
+            tracing::debug!(keeper, error = error.message(), failures, "keeper not reached");
+        }
+        let pause = backoff.mul_f64(rand::rng().random_range(0.5..1.0));
+        backoff = (backoff * 2).min(MAX_BACKOFF);
+        tokio::select! {
+            () = shared.stop.cancelled() => break,
+            () = sleep(pause) => {}
+        }
+    }
+    shared.connected.send_replace(false);
+    if let Some(client) = client {
+        deregister(client, registered).await;
+    }
+}
+
+async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, Status> {
+    let endpoint = Endpoint::from_shared(keeper.to_owned())
+        .map_err(|error| Status::invalid_argument(format!("{keeper} is not an address of a keeper: {error}")))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(5))
+        .keep_alive_while_idle(true);
+    let channel = endpoint.connect().await.map_err(|error| Status::unavailable(describe(&error)))?;
+    Ok(client(channel))
+}
+
+/// A client with the message size that all of Carillon uses.
+pub(crate) fn client(channel: Channel) -> KeeperClient<Channel> {
+    KeeperClient::new(channel)
+        .max_decoding_message_size(carillon_proto::MAX_GRPC_MESSAGE_BYTES)
+        .max_encoding_message_size(carillon_proto::MAX_GRPC_MESSAGE_BYTES)
+}
+
+/// An error with its causes: tonic's own text is only "transport error".
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+async fn call<T>(future: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
+    match timeout(CALL_TIMEOUT, future).await {
+        Ok(answer) => Ok(answer?.into_inner()),
+        Err(_) => Err(Status::deadline_exceeded("the keeper did not answer within 10 s")),
+    }
+}
+
+/// Runs until something fails.
+async fn session(
+    shared: &Arc<Shared>,
+    client: KeeperClient<Channel>,
+    registered: &mut Registrations,
+    keeper: &str,
+    failures: &mut u32,
+) -> Result<(), Status> {
+    // Whether the leases have outlived the interruption is found out at once.
+    for registration in registered.values_mut() {
+        registration.keep_alive_at = Clock::now();
+    }
+    let leases = tokio::sync::watch::Sender::new(leases_of(registered));
+    let watching = watch(shared, client.clone(), keeper, failures);
+    let registering = register(shared, client.clone(), registered, &leases);
+    let telling = tell(shared, client, leases.subscribe());
+    tokio::try_join!(watching, registering, telling).map(|_| ())
+}
+
+/// Follows the keeper's state.
+async fn watch(
+    shared: &Arc<Shared>,
+    mut client: KeeperClient<Channel>,
+    keeper: &str,
+    failures: &mut u32,
+) -> Result<(), Status> {
+    let mut wake = shared.wake.subscribe();
+    loop {
+        let (ids, after) = {
+            let board = shared.board.lock();
+            let ids: Vec<String> = board.registrations.keys().cloned().collect();
+            let after = if board.covered.as_ref() == Some(&ids) { board.view.revision } else { 0 };
+            (ids, after)
+        };
+        let mut prefixes = vec![keys::CONFIG.to_owned(), keys::INSTANCES.to_owned(), keys::SLOTS.to_owned()];
+        prefixes.extend(ids.iter().map(|id| keys::commands(id)));
+        let request = v1::WatchRequest { prefixes, after_revision: after };
+        let mut stream = match call(client.watch(request)).await {
+            Ok(stream) => stream,
+            Err(status) if status.code() == Code::OutOfRange => {
+                tracing::warn!(revision = after, "the keeper has less than is known here, taking its state anew");
+                shared.board.lock().covered = None;
+                continue;
+            }
+            Err(status) => return Err(status),
+        };
+        let mut state = Vec::new();
+        loop {
+            let message = tokio::select! {
+                message = timeout(WATCH_SILENCE, stream.message()) => message,
+                Ok(()) = wake.changed() => {
+                    let same = ids.iter().eq(shared.board.lock().registrations.keys());
+                    if same { continue } else { break }
+                }
+            };
+            let message = match message {
+                Ok(Ok(Some(message))) => message,
+                Ok(Ok(None)) => return Err(Status::unavailable("the keeper ended the watch")),
+                Ok(Err(status)) => return Err(status),
+                Err(_) => return Err(Status::deadline_exceeded("the keeper is silent")),
+            };
+            if !shared.connected.send_replace(true) {
+                tracing::info!(keeper, attempts = *failures, "keeper connected");
+                *failures = 0;
+            }
+            let kind = message.kind();
+            let other = {
+                let board = shared.board.lock();
+                after > 0 && board.view.cluster_id != message.cluster_id
+            };
+            if other || kind == v1::watch_response::Kind::Compacted {
+                shared.board.lock().covered = None;
+                break;
+            }
+            match kind {
+                v1::watch_response::Kind::State => state.extend(message.events),
+                v1::watch_response::Kind::StateEnd => {
+                    state.extend(message.events);
+                    let commands = {
+                        let mut board = shared.board.lock();
+                        let commands =
+                            board.replace(message.cluster_id, std::mem::take(&mut state), now_ms());
+                        board.view.revision = message.revision;
+                        board.covered = Some(ids.clone());
+                        commands
+                    };
+                    begin(shared, commands);
+                    shared.ready.send_replace(true);
+                    shared.wake();
+                }
+                v1::watch_response::Kind::Events => {
+                    let commands = shared.board.lock().events(message.revision, &message.events, now_ms());
+                    begin(shared, commands);
+                    shared.wake();
+                }
+                v1::watch_response::Kind::Progress => shared.board.lock().view.revision = message.revision,
+                v1::watch_response::Kind::Compacted | v1::watch_response::Kind::Unspecified => {}
+            }
+        }
+    }
+}
+
+/// Hands commands to whoever carries them out, and waits for their answers.
+fn begin(shared: &Arc<Shared>, commands: Vec<v1::CommandRecord>) {
+    for record in commands {
+        let (answer, answered) = oneshot::channel();
+        let command = Command {
+            id: record.id.clone(),
+            name: record.name.clone(),
+            arguments: record.arguments.clone().into_iter().collect(),
+            deadline_ms: record.deadline_ms,
+            answer,
+        };
+        let sent = shared.commands.lock().0.try_send(command);
+        if sent.is_err() {
+            let text = "the instance is busy with other commands";
+            shared.board.lock().answer(&record, v1::CommandState::CommandFailed, text);
+            continue;
+        }
+        shared.board.lock().answer(&record, v1::CommandState::CommandRunning, "");
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            // A while longer than its deadline: the answer to a command that was begun in time is still of use.
+            let patience = Duration::from_millis(record.deadline_ms.saturating_sub(now_ms())) + Duration::from_secs(60);
+            let (state, output) = match timeout(patience, answered).await {
+                Ok(Ok(Ok(output))) => (v1::CommandState::CommandDone, output),
+                Ok(Ok(Err(output))) => (v1::CommandState::CommandFailed, output),
+                Ok(Err(_)) => (v1::CommandState::CommandFailed, "the instance dropped the command".to_owned()),
+                Err(_) => (v1::CommandState::CommandFailed, "the instance gave no answer in time".to_owned()),
+            };
+            shared.board.lock().answer(&record, state, &output);
+            shared.wake();
+        });
+    }
+}
+
+fn leases_of(registered: &Registrations) -> BTreeMap<String, u64> {
+    registered.iter().map(|(id, registration)| (id.clone(), registration.lease)).collect()
+}
+
+/// Registers what is to be registered, and keeps the leases alive.
+async fn register(
+    shared: &Arc<Shared>,
+    mut client: KeeperClient<Channel>,
+    registered: &mut Registrations,
+    leases: &tokio::sync::watch::Sender<BTreeMap<String, u64>>,
+) -> Result<(), Status> {
+    let mut wake = shared.wake.subscribe();
+    let mut refused: BTreeMap<String, (Instance, Clock)> = BTreeMap::new();
+    loop {
+        let wanted = shared.board.lock().registrations.clone();
+        for (id, instance) in wanted {
+            let done = registered.get(&id).is_some_and(|registration| registration.instance == instance);
+            let paused = refused.get(&id).is_some_and(|(tried, until)| *tried == instance && Clock::now() < *until);
+            if done || paused {
+                continue;
+            }
+            let request = v1::RegisterRequest { instance: Some(instance.to_record()), ttl_ms: 0 };
+            match call(client.register(request)).await {
+                Ok(answer) => {
+                    refused.remove(&id);
+                    let ttl = Duration::from_millis(answer.ttl_ms);
+                    let before = registered.get(&id).map(|registration| registration.lease);
+                    let registration =
+                        Registered { instance, lease: answer.lease, ttl, keep_alive_at: Clock::now() + ttl / 3 };
+                    if before != Some(answer.lease) {
+                        tracing::info!(instance = id, ttl_ms = answer.ttl_ms, "registered with the keeper");
+                        shared.board.lock().forget_told();
+                    }
+                    registered.insert(id, registration);
+                    leases.send_replace(leases_of(registered));
+                }
+                Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
+                    tracing::error!(instance = id, reason = status.message(), "registration refused by the keeper");
+                    refused.insert(id, (instance, Clock::now() + REFUSED_PAUSE));
+                }
+                Err(status) => return Err(status),
+            }
+        }
+        let mut lost = Vec::new();
+        for (id, registration) in registered.iter_mut() {
+            if registration.keep_alive_at > Clock::now() {
+                continue;
+            }
+            let request = v1::LeaseKeepAliveRequest { lease: registration.lease };
+            match call(client.lease_keep_alive(request)).await {
+                Ok(_) => registration.keep_alive_at = Clock::now() + registration.ttl / 3,
+                Err(status) if status.code() == Code::NotFound => lost.push(id.clone()),
+                Err(status) => return Err(status),
+            }
+        }
+        if !lost.is_empty() {
+            tracing::warn!(instances = lost.join(", "), "lease lost, registering again");
+            registered.retain(|id, _| !lost.contains(id));
+            continue;
+        }
+        let next = registered
+            .values()
+            .map(|registration| registration.keep_alive_at)
+            .chain(refused.values().map(|(_, until)| *until))
+            .min()
+            .unwrap_or_else(|| Clock::now() + Duration::from_secs(3600));
+        tokio::select! {
+            () = tokio::time::sleep_until(next) => {}
+            Ok(()) = wake.changed() => {}
+        }
+    }
+}
+
+/// Tells the keeper what was applied and what commands came to.
+async fn tell(
+    shared: &Arc<Shared>,
+    mut client: KeeperClient<Channel>,
+    mut leases: tokio::sync::watch::Receiver<BTreeMap<String, u64>>,
+) -> Result<(), Status> {
+    let mut wake = shared.wake.subscribe();
+    loop {
+        loop {
+            let answer = shared.board.lock().answers.front().cloned();
+            let Some(answer) = answer else { break };
+            match call(client.answer_command(answer.clone())).await {
+                // Gone, or past its deadline and already closed: nobody waits for it any more.
+                Ok(_) => {}
+                Err(status) if matches!(status.code(), Code::NotFound | Code::FailedPrecondition) => {}
+                Err(status) => return Err(status),
+            }
+            let mut board = shared.board.lock();
+            if board.answers.front() == Some(&answer) {
+                board.answers.pop_front();
+            }
+        }
+        loop {
+            let known = leases.borrow_and_update().clone();
+            let reports = if known.is_empty() { Vec::new() } else { shared.board.lock().untold(REPORTS) };
+            if reports.is_empty() {
+                break;
+            }
+            let mut gone = false;
+            for (id, lease) in &known {
+                let applied = reports.iter().cloned().map(|mut report| {
+                    report.instance = id.clone();
+                    report.time_ms = now_ms();
+                    report
+                });
+                let request = v1::ReportConfigRequest { lease: *lease, applied: applied.collect() };
+                match call(client.report_config(request)).await {
+                    Ok(_) => {}
+                    // The lease has ended: told again under the next one.
+                    Err(status) if status.code() == Code::NotFound => gone = true,
+                    Err(status) => return Err(status),
+                }
+            }
+            if gone {
+                break;
+            }
+            shared.board.lock().told(&reports);
+        }
+        tokio::select! {
+            Ok(()) = wake.changed() => {}
+            Ok(()) = leases.changed() => {}
+        }
+    }
+}
+
+async fn deregister(mut client: KeeperClient<Channel>, registered: Registrations) {
+    let revoke = async {
+        for (id, registration) in registered {
+            let request = v1::LeaseRevokeRequest { lease: registration.lease };
+            if let Err(status) = client.lease_revoke(request).await {
+                tracing::debug!(instance = id, error = status.message(), "not deregistered, the lease will lapse");
+            }
+        }
+    };
+    if timeout(STOP_TIMEOUT, revoke).await.is_err() {
+        tracing::debug!("keeper did not answer in time, leases will lapse");
+    }
+}

@@ -1,0 +1,174 @@
+//! Who is there: instances under leases.
+
+use carillon_agent::keys;
+use carillon_proto::{now_ms, v1};
+use prost::Message as _;
+use rand::RngExt as _;
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::core::{Core, compare_mod_revision, decode, lease_gone, put};
+
+/// Shortest and longest time to live of a lease, milliseconds.
+pub(crate) const TTL_MS: std::ops::RangeInclusive<u64> = 500..=600_000;
+/// Largest record of an instance, bytes.
+const MAX_INSTANCE_BYTES: usize = 16 * 1024;
+/// A write that others keep getting in the way of is given up after this many attempts.
+const ATTEMPTS: usize = 8;
+/// Most documents that one report tells of.
+const MAX_REPORTS: usize = 256;
+
+fn check_ttl(ttl_ms: u64) -> Result<(), Status> {
+    if TTL_MS.contains(&ttl_ms) {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!("ttl_ms is {ttl_ms}, it must be from {} to {}", TTL_MS.start(), TTL_MS.end())))
+}
+
+fn new_lease() -> u64 {
+    rand::rng().random_range(1..=u64::MAX)
+}
+
+fn grant(lease: u64, ttl_ms: u64) -> v1::Op {
+    v1::Op { op: Some(v1::op::Op::GrantLease(v1::op::GrantLease { lease, ttl_ms })) }
+}
+
+fn revoke(lease: u64) -> v1::Op {
+    let revoke = v1::op::RevokeLeases { leases: vec![lease], expired: false };
+    v1::Op { op: Some(v1::op::Op::RevokeLeases(revoke)) }
+}
+
+impl Core {
+    pub(crate) async fn grant_lease(&self, ttl_ms: u64) -> Result<v1::LeaseGrantResponse, Status> {
+        check_ttl(ttl_ms)?;
+        let lease = new_lease();
+        self.write(v1::TxnRequest { then: vec![grant(lease, ttl_ms)], ..Default::default() }).await?;
+        self.leases.granted(lease, ttl_ms, Instant::now());
+        Ok(v1::LeaseGrantResponse { lease, ttl_ms })
+    }
+
+    /// Only the leader can tell; its own clock is what counts.
+    pub(crate) fn keep_alive(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
+        if self.node.leadership().borrow().is_none() {
+            return Err(Status::unavailable("this keeper is not the leader"));
+        }
+        let ttl_ms = self.node.state().lease_ttl_ms(lease).ok_or_else(|| lease_gone(lease))?;
+        if self.leases.renew(lease, ttl_ms, Instant::now()) {
+            return Ok(v1::LeaseKeepAliveResponse { ttl_ms });
+        }
+        if self.leases.leads() { Err(lease_gone(lease)) } else { Err(Status::unavailable("this keeper is taking over")) }
+    }
+
+    pub(crate) async fn revoke_lease(&self, lease: u64) -> Result<(), Status> {
+        self.write(v1::TxnRequest { then: vec![revoke(lease)], ..Default::default() }).await.map(drop)
+    }
+
+    pub(crate) async fn register(&self, request: v1::RegisterRequest) -> Result<v1::RegisterResponse, Status> {
+        let Some(mut instance) = request.instance else { return Err(Status::invalid_argument("instance is missing")) };
+        keys::check_instance(&instance.id)
+            .map_err(|what| Status::invalid_argument(format!("instance id {:?} {what}", instance.id)))?;
+        if instance.encoded_len() > MAX_INSTANCE_BYTES {
+            return Err(Status::invalid_argument(format!("the record is larger than {MAX_INSTANCE_BYTES} bytes")));
+        }
+        let default = u64::try_from(self.limits.instance_ttl.as_millis()).unwrap_or(u64::MAX);
+        let ttl_ms = if request.ttl_ms == 0 { default } else { request.ttl_ms };
+        check_ttl(ttl_ms)?;
+        let key = keys::instance(&instance.id);
+        for _ in 0..ATTEMPTS {
+            self.node.linearize().await?;
+            let present = self.read::<v1::InstanceRecord>(&key)?;
+            let present_lease = self.node.state().get(&key).map_or(0, |item| item.lease);
+            let mod_revision = present.as_ref().map_or(0, |(revision, _)| *revision);
+            let before = present.as_ref().map_or(0, |(_, before)| before.incarnation);
+            if before > instance.incarnation {
+                let text = format!(
+                    "instance {} is registered with incarnation {before}, newer than {}: another process has its id",
+                    instance.id, instance.incarnation
+                );
+                return Err(Status::failed_precondition(text));
+            }
+            let same = before == instance.incarnation
+                && present_lease != 0
+                && self.node.state().lease_ttl_ms(present_lease).is_some();
+            instance.registered_ms = match &present {
+                Some((_, before)) if same => before.registered_ms,
+                _ => now_ms(),
+            };
+            let lease = if same { present_lease } else { new_lease() };
+            let mut then = vec![grant(lease, ttl_ms), put(&key, &instance, lease)];
+            if !same && present_lease != 0 {
+                // After the put: the key has passed to the new lease and does not vanish in between.
+                then.push(revoke(present_lease));
+            }
+            let compare = vec![compare_mod_revision(&key, mod_revision)];
+            if self.write(v1::TxnRequest { compare, then, otherwise: Vec::new() }).await?.is_some() {
+                self.leases.granted(lease, ttl_ms, Instant::now());
+                if !same {
+                    let (id, incarnation) = (&instance.id, instance.incarnation);
+                    tracing::info!(instance = id, incarnation, replaced = before, "instance registered");
+                }
+                return Ok(v1::RegisterResponse { lease, ttl_ms });
+            }
+        }
+        Err(Status::aborted(format!("instance {} is being registered by others at the same time", instance.id)))
+    }
+
+    pub(crate) async fn list_instances(&self) -> Result<v1::ListInstancesResponse, Status> {
+        self.node.linearize().await?;
+        let (instances, slots) = {
+            let state = self.node.state();
+            let instances: Vec<_> =
+                state.prefix(keys::INSTANCES).map(|(key, item)| (key.to_owned(), item.value.clone())).collect();
+            (instances, state.get(keys::SLOTS).map(|item| (item.mod_revision, item.value.clone())))
+        };
+        let instances = instances.into_iter().map(|(key, value)| decode(&key, value)).collect::<Result<_, _>>()?;
+        let (slots_revision, slots) = match slots {
+            Some((revision, value)) => (revision, Some(decode(keys::SLOTS, value)?)),
+            None => (0, None),
+        };
+        Ok(v1::ListInstancesResponse { instances, slots, slots_revision })
+    }
+
+    pub(crate) async fn report_config(&self, request: v1::ReportConfigRequest) -> Result<(), Status> {
+        if request.applied.len() > MAX_REPORTS {
+            return Err(Status::invalid_argument(format!("more than {MAX_REPORTS} documents in one report")));
+        }
+        let mut then = Vec::new();
+        for applied in &request.applied {
+            keys::check_instance(&applied.instance)
+                .map_err(|what| Status::invalid_argument(format!("instance id {:?} {what}", applied.instance)))?;
+            self.kind_of(&applied.document)?;
+            let mut applied = applied.clone();
+            truncate(&mut applied.refusal, 4096);
+            then.push(put(&keys::applied(&applied.instance, &applied.document), &applied, request.lease));
+        }
+        if request.lease == 0 {
+            return Err(Status::invalid_argument("lease is missing"));
+        }
+        self.write(v1::TxnRequest { then, ..Default::default() }).await.map(drop)
+    }
+
+    pub(crate) async fn config_status(&self, document: &str) -> Result<v1::ConfigStatusResponse, Status> {
+        self.node.linearize().await?;
+        let records: Vec<_> = {
+            let state = self.node.state();
+            state.prefix(keys::APPLIED).map(|(key, item)| (key.to_owned(), item.value.clone())).collect()
+        };
+        let mut applied = Vec::new();
+        for (key, value) in records {
+            let record: v1::AppliedConfig = decode(&key, value)?;
+            if document.is_empty() || record.document == document {
+                applied.push(record);
+            }
+        }
+        Ok(v1::ConfigStatusResponse { applied })
+    }
+}
+
+/// Cuts a text off at a character's boundary.
+pub(crate) fn truncate(text: &mut String, bytes: usize) {
+    if text.len() > bytes {
+        let end = (0..=bytes).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+        text.truncate(end);
+    }
+}

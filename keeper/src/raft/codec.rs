@@ -1,0 +1,116 @@
+//! How votes and entries are written to the log.
+
+use std::io::{self, Read, Write};
+
+use raft_log::codeq::{Decode, Encode};
+
+use super::types::{Entry, LogId, Payload, TypeConfig, Vote};
+
+/// The log's own types.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct WalTypes;
+
+impl raft_log::Types for WalTypes {
+    type LogId = WalLogId;
+    type LogPayload = WalPayload;
+    type Vote = WalVote;
+    type Callback = super::log_store::Flushed;
+    type UserData = String;
+
+    fn log_index(log_id: &WalLogId) -> u64 {
+        log_id.0.index
+    }
+
+    fn payload_size(payload: &WalPayload) -> u64 {
+        match &payload.0 {
+            Payload::Normal(entry) => entry.len() as u64,
+            _ => 64,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct WalLogId(pub LogId);
+
+#[derive(Debug, Clone)]
+pub(crate) struct WalPayload(pub Payload);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+pub(crate) struct WalVote(pub Vote);
+
+fn leader_id(term: u64, node_id: u64) -> openraft::type_config::alias::LeaderIdOf<TypeConfig> {
+    openraft::impls::leader_id_adv::LeaderId { term, node_id }
+}
+
+impl Encode for WalLogId {
+    fn encode<W: Write>(&self, mut w: W) -> io::Result<usize> {
+        let mut n = self.0.leader_id.term.encode(&mut w)?;
+        n += self.0.leader_id.node_id.encode(&mut w)?;
+        n += self.0.index.encode(&mut w)?;
+        Ok(n)
+    }
+}
+
+impl Decode for WalLogId {
+    fn decode<R: Read>(mut r: R) -> io::Result<Self> {
+        let (term, node_id) = (u64::decode(&mut r)?, u64::decode(&mut r)?);
+        Ok(WalLogId(LogId { leader_id: leader_id(term, node_id), index: u64::decode(&mut r)? }))
+    }
+}
+
+impl Encode for WalVote {
+    fn encode<W: Write>(&self, mut w: W) -> io::Result<usize> {
+        let mut n = self.0.leader_id.term.encode(&mut w)?;
+        n += self.0.leader_id.node_id.encode(&mut w)?;
+        n += u8::from(self.0.committed).encode(&mut w)?;
+        Ok(n)
+    }
+}
+
+impl Decode for WalVote {
+    fn decode<R: Read>(mut r: R) -> io::Result<Self> {
+        let (term, node_id) = (u64::decode(&mut r)?, u64::decode(&mut r)?);
+        let committed = u8::decode(&mut r)? != 0;
+        Ok(WalVote(Vote { leader_id: leader_id(term, node_id), committed }))
+    }
+}
+
+const BLANK: u8 = 0;
+const NORMAL: u8 = 1;
+const MEMBERSHIP: u8 = 2;
+
+/// A byte for the kind, a `u32` length, the bytes.
+impl Encode for WalPayload {
+    fn encode<W: Write>(&self, mut w: W) -> io::Result<usize> {
+        let (kind, bytes) = match &self.0 {
+            Payload::Blank => (BLANK, Vec::new()),
+            Payload::Normal(entry) => (NORMAL, entry.to_bytes()),
+            Payload::Membership(membership) => (MEMBERSHIP, serde_json::to_vec(membership)?),
+        };
+        let length = u32::try_from(bytes.len()).map_err(|_| io::Error::other("an entry is larger than 4 GiB"))?;
+        let n = kind.encode(&mut w)? + length.encode(&mut w)?;
+        w.write_all(&bytes)?;
+        Ok(n + bytes.len())
+    }
+}
+
+impl Decode for WalPayload {
+    fn decode<R: Read>(mut r: R) -> io::Result<Self> {
+        let kind = u8::decode(&mut r)?;
+        let length = u32::decode(&mut r)?;
+        // Not allocated before it is there: a broken length must not ask for 4 GiB.
+        let mut bytes = Vec::new();
+        r.by_ref().take(u64::from(length)).read_to_end(&mut bytes)?;
+        if bytes.len() < length as usize {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
+        let payload = match kind {
+            BLANK => Payload::Blank,
+            NORMAL => Payload::Normal(Entry::from_bytes(&bytes).map_err(|error| invalid(error.to_string()))?),
+            MEMBERSHIP => Payload::Membership(serde_json::from_slice(&bytes)?),
+            other => return Err(invalid(format!("a log entry is of unknown kind {other}: written by a newer version?"))),
+        };
+        Ok(WalPayload(payload))
+    }
+}

@@ -1,0 +1,175 @@
+//! The log on disk: votes and entries in a write-ahead log, fsynced in groups before anyone is told that they are there.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use openraft::OptionalSend;
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use raft_log::api::raft_log_writer::RaftLogWriter as _;
+use raft_log::{Config, RaftLog};
+use tokio::sync::oneshot;
+
+use super::codec::{WalLogId, WalPayload, WalTypes, WalVote};
+use super::types::{LogEntry, LogId, TypeConfig, Vote};
+
+/// A chunk file is closed at this size, and deleted when all that it holds is in a snapshot.
+const CHUNK_BYTES: usize = 16 * 1024 * 1024;
+const CHUNK_RECORDS: usize = 64 * 1024;
+/// Entries held in memory as well; older ones are read from disk.
+const CACHE_BYTES: usize = 32 * 1024 * 1024;
+const CACHE_ENTRIES: usize = 16 * 1024;
+const READ_BUFFER_BYTES: usize = 1024 * 1024;
+const FLUSH_QUEUE_BYTES: usize = 64 * 1024 * 1024;
+
+/// Who is told that a write is on disk.
+pub(crate) enum Flushed {
+    Raft(IOFlushed<TypeConfig>),
+    Waiter(oneshot::Sender<io::Result<()>>),
+}
+
+impl raft_log::Callback for Flushed {
+    fn send(self, result: io::Result<()>) {
+        match self {
+            Flushed::Raft(callback) => callback.io_completed(result),
+            Flushed::Waiter(sender) => drop(sender.send(result)),
+        }
+    }
+}
+
+/// A cheap handle. All writes go through one lock, so their order on disk is the order of the calls.
+#[derive(Clone)]
+pub(crate) struct LogStore {
+    /// None once closed.
+    log: Arc<Mutex<Option<RaftLog<WalTypes>>>>,
+}
+
+type Opened<'a> = MappedMutexGuard<'a, RaftLog<WalTypes>>;
+
+impl LogStore {
+    /// Opens or creates the log. An incomplete record at its end is what a crash leaves behind, and is cut off; damage
+    /// anywhere else is an error.
+    pub(crate) fn open(directory: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(directory)?;
+        let Some(path) = directory.to_str() else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is not valid UTF-8"));
+        };
+        let mut config = Config::new(path);
+        config.wal.chunk_max_size = Some(CHUNK_BYTES);
+        config.wal.chunk_max_records = Some(CHUNK_RECORDS);
+        config.wal.read_buffer_size = Some(READ_BUFFER_BYTES);
+        config.wal.flush_queue_max_bytes = Some(FLUSH_QUEUE_BYTES);
+        // What has queued up during an fsync is the next group; nobody waits for company.
+        config.wal.flush_batch_wait = Some(Duration::ZERO);
+        config.log_cache_capacity = Some(CACHE_BYTES);
+        config.log_cache_max_items = Some(CACHE_ENTRIES);
+        Ok(LogStore { log: Arc::new(Mutex::new(Some(RaftLog::open(Arc::new(config))?))) })
+    }
+
+    /// Size of the log's files.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        self.log.lock().as_ref().map_or(0, RaftLog::on_disk_size)
+    }
+
+    /// Lets go of the files, whoever still holds a handle.
+    pub(crate) fn close(&self) {
+        drop(self.log.lock().take());
+    }
+
+    fn opened(&self) -> io::Result<Opened<'_>> {
+        MutexGuard::try_map(self.log.lock(), Option::as_mut).map_err(|_| io::Error::other("the log is closed"))
+    }
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<LogEntry>, io::Error> {
+        let from = match range.start_bound() {
+            Bound::Included(&from) => from,
+            Bound::Excluded(&from) => from + 1,
+            Bound::Unbounded => 0,
+        };
+        let to = match range.end_bound() {
+            Bound::Included(&to) => to + 1,
+            Bound::Excluded(&to) => to,
+            Bound::Unbounded => u64::MAX,
+        };
+        if from >= to {
+            return Ok(Vec::new());
+        }
+        let log = self.opened()?;
+        log.read(from, to)
+            .map(|entry| entry.map(|(log_id, payload)| LogEntry { log_id: log_id.0, payload: payload.0 }))
+            .collect()
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        Ok(self.opened()?.log_state().vote().map(|vote| vote.0))
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let log = self.opened()?;
+        let state = log.log_state();
+        let last_purged_log_id = state.purged().map(|log_id| log_id.0);
+        let last_log_id = state.last().map(|log_id| log_id.0).max(last_purged_log_id);
+        Ok(LogState { last_purged_log_id, last_log_id })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut log = self.opened()?;
+            log.save_vote(WalVote(*vote))?;
+            log.flush(true, Some(Flushed::Waiter(sender)))?;
+        }
+        receiver.await.map_err(|_| io::Error::other("the log's writer has ended"))?
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        let Some(committed) = committed else { return Ok(()) };
+        let mut log = self.opened()?;
+        log.commit(WalLogId(committed))?;
+        // It only saves time at the next start; it reaches the disk with the next entries.
+        log.flush(false, None)
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(self.opened()?.log_state().committed().map(|log_id| log_id.0))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = LogEntry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut log = self.opened()?;
+        log.append(entries.into_iter().map(|entry| (WalLogId(entry.log_id), WalPayload(entry.payload))))?;
+        log.flush(true, Some(Flushed::Raft(callback)))
+    }
+
+    async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
+        let mut log = self.opened()?;
+        log.truncate(last_log_id.map_or(0, |log_id| log_id.index + 1))?;
+        log.flush(true, None)
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
+        let mut log = self.opened()?;
+        log.purge(WalLogId(log_id))?;
+        log.flush(true, None)
+    }
+}

@@ -1,0 +1,227 @@
+//! The state machine as openraft drives it: the state in memory, snapshots of it on disk.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::{Stream, TryStreamExt as _};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::OptionalSend;
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::types::{Applied, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::state::State;
+
+/// Begins every snapshot file; then the checksum (XXH3, 8 bytes, big-endian) of the rest; then the state.
+const MAGIC: &[u8; 8] = b"CARKSNP1";
+
+/// The state, and how far it has come.
+#[derive(Debug, Clone, Default)]
+struct Machinery {
+    state: State,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+}
+
+/// What openraft needs back from a snapshot.
+#[derive(Serialize, Deserialize)]
+struct RaftMeta {
+    applied: Option<LogId>,
+    membership: StoredMembership,
+}
+
+/// A cheap handle.
+#[derive(Clone)]
+pub(crate) struct Machine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    machinery: RwLock<Machinery>,
+    /// The state's revision, for whoever waits for changes.
+    revision: watch::Sender<u64>,
+    directory: PathBuf,
+    /// Of the snapshot on disk; the lock is held while the file is replaced.
+    on_disk: Mutex<Option<SnapshotMeta>>,
+}
+
+impl Machine {
+    /// Loads the snapshot in `directory`, if there is one.
+    pub(crate) fn open(directory: &Path) -> io::Result<Self> {
+        fs::create_dir_all(directory)?;
+        // Left behind by a crash in the middle of writing; never of use.
+        match fs::remove_file(directory.join("new")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let (machinery, on_disk) = match read_snapshot(directory)? {
+            Some(body) => {
+                let machinery = decode(&body)?;
+                let meta = machinery.meta();
+                (machinery, Some(meta))
+            }
+            None => (Machinery::default(), None),
+        };
+        Ok(Machine {
+            inner: Arc::new(Inner {
+                revision: watch::Sender::new(machinery.state.revision()),
+                machinery: RwLock::new(machinery),
+                directory: directory.to_owned(),
+                on_disk: Mutex::new(on_disk),
+            }),
+        })
+    }
+
+    pub(crate) fn state(&self) -> impl std::ops::Deref<Target = State> {
+        RwLockReadGuard::map(self.inner.machinery.read(), |machinery| &machinery.state)
+    }
+
+    pub(crate) fn revision(&self) -> watch::Receiver<u64> {
+        self.inner.revision.subscribe()
+    }
+
+    /// Writes a snapshot, unless a newer one is there already.
+    fn store(&self, meta: &SnapshotMeta, body: &[u8]) -> io::Result<()> {
+        let mut on_disk = self.inner.on_disk.lock();
+        if on_disk.as_ref().is_some_and(|present| present.last_log_id > meta.last_log_id) {
+            return Ok(());
+        }
+        write_snapshot(&self.inner.directory, body)?;
+        *on_disk = Some(meta.clone());
+        Ok(())
+    }
+}
+
+impl Machinery {
+    fn meta(&self) -> SnapshotMeta {
+        SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() }
+    }
+
+    fn encode(&self) -> io::Result<Vec<u8>> {
+        let meta = RaftMeta { applied: self.applied, membership: self.membership.clone() };
+        Ok(self.state.encode(serde_json::to_vec(&meta)?))
+    }
+}
+
+fn decode(body: &[u8]) -> io::Result<Machinery> {
+    let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot {error}"));
+    let (state, meta) = State::decode(body).map_err(|error| invalid(error.to_string()))?;
+    let meta: RaftMeta = serde_json::from_slice(&meta).map_err(|error| invalid(format!("has a broken head: {error}")))?;
+    Ok(Machinery { state, applied: meta.applied, membership: meta.membership })
+}
+
+fn read_snapshot(directory: &Path) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = match fs::read(directory.join("current")) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let invalid = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot {text}")));
+    if bytes.len() < 16 || &bytes[..8] != MAGIC {
+        return invalid("is not one of this version");
+    }
+    if bytes[8..16] != xxh3_64(&bytes[16..]).to_be_bytes() {
+        return invalid("is damaged: its checksum does not match");
+    }
+    bytes.drain(..16);
+    Ok(Some(bytes))
+}
+
+/// On disk under another name, then renamed: there is always one whole snapshot.
+fn write_snapshot(directory: &Path, body: &[u8]) -> io::Result<()> {
+    let new = directory.join("new");
+    let mut file = File::create(&new)?;
+    file.write_all(MAGIC)?;
+    file.write_all(&xxh3_64(body).to_be_bytes())?;
+    file.write_all(body)?;
+    file.sync_all()?;
+    fs::rename(&new, directory.join("current"))?;
+    File::open(directory)?.sync_all()
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Machine {
+    type SnapshotData = Vec<u8>;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        // The clone shares the values; encoding and writing them needs no lock.
+        let machinery = self.inner.machinery.read().clone();
+        let machine = self.clone();
+        let work = move || {
+            let (meta, body) = (machinery.meta(), machinery.encode()?);
+            machine.store(&meta, &body)?;
+            tracing::debug!(index = meta.last_log_id.map(|id| id.index), bytes = body.len(), "snapshot written");
+            Ok(Snapshot { meta, snapshot: body })
+        };
+        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotData = Vec<u8>;
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let machinery = self.inner.machinery.read();
+        Ok((machinery.applied, machinery.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let (applied, revision) = {
+                let mut machinery = self.inner.machinery.write();
+                machinery.applied = Some(entry.log_id);
+                let applied = match entry.payload {
+                    Payload::Blank => Applied::default(),
+                    Payload::Normal(content) => Applied(machinery.state.apply(&content.0)),
+                    Payload::Membership(membership) => {
+                        machinery.membership = StoredMembership::new(Some(entry.log_id), membership);
+                        Applied::default()
+                    }
+                };
+                (applied, machinery.state.revision())
+            };
+            self.inner.revision.send_if_modified(|present| std::mem::replace(present, revision) != revision);
+            if let Some(responder) = responder {
+                responder.send(applied);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Vec<u8>) -> Result<(), io::Error> {
+        let machine = self.clone();
+        let meta = meta.clone();
+        let work = move || {
+            let machinery = decode(&snapshot)?;
+            machine.store(&meta, &snapshot)?;
+            let revision = machinery.state.revision();
+            *machine.inner.machinery.write() =
+                Machinery { state: machinery.state, applied: meta.last_log_id, membership: meta.last_membership };
+            machine.inner.revision.send_replace(revision);
+            Ok(())
+        };
+        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let machine = self.clone();
+        let work = move || {
+            let on_disk = machine.inner.on_disk.lock();
+            let Some(meta) = on_disk.clone() else { return Ok(None) };
+            let body = read_snapshot(&machine.inner.directory)?;
+            Ok(body.map(|snapshot| Snapshot { meta, snapshot }))
+        };
+        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+    }
+}

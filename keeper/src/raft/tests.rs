@@ -1,0 +1,199 @@
+//! openraft's own suite against our storage, and what it does not test: restarts, snapshots, damage.
+
+use openraft::storage::{RaftLogReader as _, RaftLogStorage as _, RaftSnapshotBuilder as _, RaftStateMachine as _};
+use openraft::testing::log::{StoreBuilder, Suite};
+use tempfile::TempDir;
+
+use super::types::{LogEntry, LogId, Payload, Vote};
+use super::*;
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, Machine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, LogStore, Machine), openraft::StorageError<TypeConfig>> {
+        let directory = TempDir::new().unwrap();
+        let log = LogStore::open(&directory.path().join("log")).unwrap();
+        let machine = Machine::open(&directory.path().join("snapshot")).unwrap();
+        Ok((directory, log, machine))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn openraft_suite() {
+    Suite::test_all(Builder).await.unwrap();
+}
+
+fn put(key: &str, value: &str) -> v1::KeeperEntry {
+    let put = v1::op::Put { key: key.to_owned(), value: value.to_owned().into(), lease: 0 };
+    let op = v1::Op { op: Some(v1::op::Op::Put(put)) };
+    v1::KeeperEntry { txn: Some(v1::TxnRequest { then: vec![op], ..Default::default() }) }
+}
+
+fn log_id(term: u64, index: u64) -> LogId {
+    LogId { leader_id: openraft::impls::leader_id_adv::LeaderId { term, node_id: 7 }, index }
+}
+
+fn entry(index: u64) -> LogEntry {
+    LogEntry { log_id: log_id(1, index), payload: Payload::Normal(Entry(put("k", &index.to_string()))) }
+}
+
+async fn append(log: &mut LogStore, entries: Vec<LogEntry>) {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    log.append(entries, openraft::storage::IOFlushed::signal(sender)).await.unwrap();
+    receiver.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn votes_and_entries_are_there_after_a_restart() {
+    let directory = TempDir::new().unwrap();
+    let vote = Vote { leader_id: openraft::impls::leader_id_adv::LeaderId { term: 3, node_id: 7 }, committed: true };
+    {
+        let mut log = LogStore::open(directory.path()).unwrap();
+        log.save_vote(&vote).await.unwrap();
+        append(&mut log, (0..100).map(entry).collect()).await;
+        log.save_committed(Some(log_id(1, 90))).await.unwrap();
+        log.truncate_after(Some(log_id(1, 94))).await.unwrap();
+        log.purge(log_id(1, 9)).await.unwrap();
+        append(&mut log, vec![entry(95)]).await;
+    }
+    let mut log = LogStore::open(directory.path()).unwrap();
+    assert_eq!(log.read_vote().await.unwrap(), Some(vote));
+    let state = log.get_log_state().await.unwrap();
+    assert_eq!((state.last_purged_log_id, state.last_log_id), (Some(log_id(1, 9)), Some(log_id(1, 95))));
+    assert_eq!(log.read_committed().await.unwrap(), Some(log_id(1, 90)));
+    let entries = log.try_get_log_entries(0..1000).await.unwrap();
+    assert_eq!(entries.iter().map(|entry| entry.log_id.index).collect::<Vec<_>>(), (10..=95).collect::<Vec<_>>());
+    assert!(matches!(&entries[0].payload, Payload::Normal(Entry(content)) if *content == put("k", "10")));
+}
+
+/// What is on disk at this moment, as a crash would leave it for the next start.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        let target = to.join(file.file_name());
+        if file.file_type().unwrap().is_dir() {
+            copy(&file.path(), &target);
+        } else if file.file_name() != "LOCK" {
+            std::fs::copy(file.path(), target).unwrap();
+        }
+    }
+}
+
+/// The newest file of the log.
+fn last_chunk(log: &Path) -> PathBuf {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(log).unwrap().map(|file| file.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "wal"));
+    files.sort();
+    files.pop().unwrap()
+}
+
+#[tokio::test]
+async fn a_torn_tail_is_cut_off_and_damage_before_it_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let original = directory.path().join("original");
+    let mut log = LogStore::open(&original).unwrap();
+    append(&mut log, (0..50).map(entry).collect()).await;
+    let whole = std::fs::read(last_chunk(&original)).unwrap();
+
+    for cut in [1, 7, 20] {
+        let torn = directory.path().join(format!("torn-{cut}"));
+        copy(&original, &torn);
+        std::fs::write(last_chunk(&torn), &whole[..whole.len() - cut]).unwrap();
+        let mut log = LogStore::open(&torn).unwrap();
+        let entries = log.try_get_log_entries(0..1000).await.unwrap();
+        assert!(entries.len() >= 48 && entries.len() < 50, "{} entries are left", entries.len());
+        append(&mut log, vec![entry(entries.len() as u64)]).await;
+    }
+
+    let damaged = directory.path().join("damaged");
+    copy(&original, &damaged);
+    let mut bytes = whole.clone();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    std::fs::write(last_chunk(&damaged), bytes).unwrap();
+    let opened = tokio::task::spawn_blocking(move || LogStore::open(&damaged).map(drop)).await;
+    assert!(!matches!(opened, Ok(Ok(()))), "a flipped bit in the middle of the log went unnoticed");
+}
+
+async fn get(node: &Node, key: &str) -> Option<String> {
+    node.linearize().await.unwrap();
+    node.state().get(key).map(|item| String::from_utf8(item.value.to_vec()).unwrap())
+}
+
+async fn lead(directory: &Path) -> (Node, Leadership, Duration) {
+    let begun = std::time::Instant::now();
+    let (node, _) = Node::start(7, directory, "127.0.0.1:1".to_owned()).await.unwrap();
+    let leadership = node.leadership().wait_for(Option::is_some).await.unwrap().unwrap();
+    (node, leadership, begun.elapsed())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_decided_survives_crashes_and_restarts_lead_at_once() {
+    let directory = TempDir::new().unwrap();
+    let mut at = directory.path().join("0");
+    let mut expected = 0u64;
+    for round in 1..=4u64 {
+        let (node, _, took) = lead(&at).await;
+        assert!(took < Duration::from_millis(1500), "leading took {took:?}");
+        if round > 1 {
+            assert_eq!(get(&node, "counter").await.as_deref(), Some(expected.to_string().as_str()));
+        }
+        for _ in 0..20 {
+            expected += 1;
+            node.propose(put("counter", &expected.to_string())).await.unwrap();
+        }
+        if round == 2 {
+            let before = node.progress().snapshot;
+            node.snapshot().await.unwrap();
+            while node.progress().snapshot == before {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            expected += 1;
+            node.propose(put("counter", &expected.to_string())).await.unwrap();
+        }
+        // The next round starts from what is on disk now, while this node is still running: as after a SIGKILL.
+        let next = directory.path().join(round.to_string());
+        copy(&at, &next);
+        node.stop().await;
+        at = next;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_proposed_for_a_former_term_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let (node, leadership, _) = lead(directory.path()).await;
+    node.propose_as(leadership, put("a", "1")).await.unwrap();
+    let former = Leadership { term: leadership.term - 1, ..leadership };
+    let refused = node.propose_as(former, put("a", "2")).await.unwrap_err();
+    assert!(matches!(refused, Unavailable::NotLeader { .. }), "{refused}");
+    assert_eq!(get(&node, "a").await.as_deref(), Some("1"));
+    node.stop().await;
+    assert!(matches!(node.propose(put("a", "3")).await, Err(Unavailable::Failed(_))));
+    assert!(node.failure().wait_for(Option::is_some).await.is_ok());
+    assert_eq!(*node.leadership().borrow(), None);
+}
+
+#[tokio::test]
+async fn a_snapshot_is_whole_or_not_there() {
+    let directory = TempDir::new().unwrap();
+    let mut machine = Machine::open(directory.path()).unwrap();
+    let snapshot = machine.build_snapshot().await.unwrap();
+    assert!(machine.get_current_snapshot().await.unwrap().is_some());
+    // A crash in the middle of the next one leaves this behind.
+    std::fs::write(directory.path().join("new"), b"half").unwrap();
+    let mut machine = Machine::open(directory.path()).unwrap();
+    assert_eq!(machine.get_current_snapshot().await.unwrap().unwrap().meta, snapshot.meta);
+
+    let path = directory.path().join("current");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = Machine::open(directory.path()).err().unwrap();
+    assert_eq!(error.to_string(), "the snapshot is damaged: its checksum does not match");
+    std::fs::write(&path, b"something else altogether").unwrap();
+    let error = Machine::open(directory.path()).err().unwrap();
+    assert_eq!(error.to_string(), "the snapshot is not one of this version");
+}

@@ -1,0 +1,72 @@
+//! The state as bytes: what a snapshot holds.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use carillon_proto::v1;
+use prost::Message as _;
+
+use super::{Item, Lease, State, event_bytes};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    #[error("cannot be decoded: {0}")]
+    Decode(#[from] prost::DecodeError),
+    #[error("key {key:?} is attached to lease {lease}, which is not in it")]
+    DanglingLease { key: String, lease: u64 },
+}
+
+impl State {
+    /// Encodes the state, and `raft_meta` with it.
+    pub(crate) fn encode(&self, raft_meta: Vec<u8>) -> Vec<u8> {
+        let snapshot = v1::KeeperSnapshot {
+            revision: self.revision,
+            compacted_revision: self.compacted,
+            items: self.items.iter().map(|(key, item)| item.to_proto(key)).collect(),
+            leases: self.leases().map(|(lease, ttl_ms)| v1::KeeperLease { lease, ttl_ms }).collect(),
+            events: self.events.iter().map(|event| (**event).clone()).collect(),
+            raft_meta: raft_meta.into(),
+        };
+        snapshot.encode_to_vec()
+    }
+
+    /// The state and the `raft_meta` that were encoded.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<(State, Vec<u8>), SnapshotError> {
+        let snapshot = v1::KeeperSnapshot::decode(bytes)?;
+        let mut leases: BTreeMap<u64, Lease> = snapshot
+            .leases
+            .into_iter()
+            .map(|lease| (lease.lease, Lease { ttl_ms: lease.ttl_ms, keys: BTreeSet::new() }))
+            .collect();
+        let mut items = BTreeMap::new();
+        let mut bytes = 0;
+        for item in snapshot.items {
+            if item.lease != 0 {
+                let Some(lease) = leases.get_mut(&item.lease) else {
+                    return Err(SnapshotError::DanglingLease { key: item.key, lease: item.lease });
+                };
+                lease.keys.insert(item.key.clone());
+            }
+            bytes += item.key.len() + item.value.len();
+            let value = Item {
+                value: item.value,
+                create_revision: item.create_revision,
+                mod_revision: item.mod_revision,
+                version: item.version,
+                lease: item.lease,
+            };
+            items.insert(item.key, value);
+        }
+        let events: VecDeque<_> = snapshot.events.into_iter().map(Arc::new).collect();
+        let state = State {
+            revision: snapshot.revision,
+            items,
+            leases,
+            bytes,
+            event_bytes: events.iter().map(|event| event_bytes(event)).sum(),
+            events,
+            compacted: snapshot.compacted_revision,
+        };
+        Ok((state, snapshot.raft_meta.to_vec()))
+    }
+}
