@@ -1,0 +1,166 @@
+//! What reaches a shard from outside its sockets: deliveries, answers to what it asked, and orders.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use carillon_proto::v1;
+use crossbeam_channel::{Receiver, Sender};
+use tokio::sync::oneshot;
+
+use crate::delivery::Delivery;
+use crate::link::SaverFailure;
+
+/// A connection, named from outside its shard. The generation tells a connection from an earlier one in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ConnId {
+    pub shard: u16,
+    pub index: u32,
+    pub generation: u32,
+}
+
+/// Why the server ends a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KickReason {
+    TakenOver,
+    Administrative,
+}
+
+pub enum Event {
+    Deliver(Arc<Delivery>),
+    /// A message to be sent to this shard's subscribers at a rate that `BroadcastRate` sets; until then it waits.
+    Broadcast {
+        job: Arc<str>,
+        delivery: Arc<Delivery>,
+    },
+    BroadcastRate {
+        job: Arc<str>,
+        state: v1::broadcast_control::State,
+        rate_per_second: f64,
+    },
+    /// The topic's log has grown to `head` while this gateway could not hear of it.
+    Behind {
+        topic: Arc<str>,
+        head: u64,
+    },
+    /// `session`: whose, because the connection may be gone by now and what was opened must be closed.
+    Opened {
+        conn: ConnId,
+        session: v1::SessionRef,
+        result: Result<v1::SessionOpened, SaverFailure>,
+    },
+    /// `outcomes`: of each filter that was asked for, in order; an error is its reason code.
+    Subscribed {
+        conn: ConnId,
+        packet_id: u16,
+        outcomes: Vec<Result<Granted, u8>>,
+    },
+    Unsubscribed {
+        conn: ConnId,
+        packet_id: u16,
+        kept: bool,
+    },
+    Published {
+        conn: ConnId,
+        ticket: u64,
+        outcome: PublishOutcome,
+    },
+    Read {
+        conn: ConnId,
+        topic: Arc<str>,
+        result: Result<v1::ReadReply, SaverFailure>,
+    },
+    Kick {
+        conn: ConnId,
+        reason: KickReason,
+        then: Option<ConnId>,
+    },
+    /// Go on: the session that this connection takes over is closed, or there is more to read.
+    Proceed {
+        conn: ConnId,
+    },
+    /// Announce the sessions whose users' inboxes are in these slots (a flag for each slot).
+    AnnounceSessions(Arc<Vec<bool>>),
+    /// Disconnect everyone and end; answered when their sessions have been handed to the saver.
+    Stop(oneshot::Sender<()>),
+}
+
+/// A filter of a SUBSCRIBE that is in force.
+pub struct Granted {
+    /// seq after which messages are due on a topic name.
+    pub position: u64,
+    /// Up to here they were sent before, and not acked.
+    pub sent: u64,
+    /// Where a wildcard filter has messages waiting.
+    pub backlog: Vec<v1::Backlog>,
+    pub retained: Vec<Arc<Delivery>>,
+}
+
+/// How a device's PUBLISH came out; the MQTT 5 reason code of its PUBACK.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishOutcome {
+    pub reason: u8,
+}
+
+/// The way into a shard: a queue and a bell.
+#[derive(Clone)]
+pub struct ShardHandle {
+    events: Sender<Event>,
+    waker: Arc<mio::Waker>,
+    rung: Arc<AtomicBool>,
+    queued: Arc<AtomicUsize>,
+}
+
+/// The shard's end of it.
+pub struct Inbox {
+    events: Receiver<Event>,
+    rung: Arc<AtomicBool>,
+    queued: Arc<AtomicUsize>,
+}
+
+pub fn inbox(waker: mio::Waker) -> (ShardHandle, Inbox) {
+    let (sender, receiver) = crossbeam_channel::unbounded();
+    let (rung, queued) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    (
+        ShardHandle { events: sender, waker: Arc::new(waker), rung: rung.clone(), queued: queued.clone() },
+        Inbox { events: receiver, rung, queued },
+    )
+}
+
+/// Deliveries that may wait for a shard before its feeders do; answers to a shard's own questions always get in, their
+/// number being bounded by the questions'.
+const QUEUED_MAX: usize = 16_384;
+
+impl ShardHandle {
+    /// Queues an event and wakes the shard. A shard that has ended takes no more; then nobody is left to care.
+    pub fn post(&self, event: Event) {
+        self.queued.fetch_add(1, Ordering::Relaxed);
+        if self.events.send(event).is_ok()
+            && !self.rung.swap(true, Ordering::AcqRel)
+            && let Err(error) = self.waker.wake()
+        {
+            tracing::error!(%error, "cannot wake a shard");
+        }
+    }
+
+    /// Is it behind by so much that deliveries should wait?
+    pub fn is_full(&self) -> bool {
+        self.queued.load(Ordering::Relaxed) > QUEUED_MAX
+    }
+}
+
+impl Inbox {
+    /// To be called before a round of [`take`](Self::take): what is posted from now on rings again.
+    pub fn answer(&self) {
+        self.rung.store(false, Ordering::Release);
+    }
+
+    pub fn take(&self) -> Option<Event> {
+        let event = self.events.try_recv().ok()?;
+        self.queued.fetch_sub(1, Ordering::Relaxed);
+        Some(event)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+}

@@ -1,0 +1,268 @@
+//! The gateway: holds the connections of devices. MQTT codec and sessions, listeners, fan-out.
+//!
+//! Devices are served by *shards*, threads that run an epoll loop each (`shard`); the hubs are spoken to on tokio
+//! (`link`). Between the two are a queue into each shard (`event`) and the table of routes (`routes`).
+
+mod auth;
+pub mod codec;
+pub mod config;
+mod delivery;
+mod event;
+mod link;
+mod listen;
+pub mod metrics;
+mod routes;
+mod sessions;
+mod shard;
+pub mod websocket;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use carillon_agent::app::App;
+use carillon_agent::{Agent, Instance, Role};
+use carillon_proto::v1;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use config::GatewayConfig;
+use event::{Event, ShardHandle};
+use link::Link;
+use metrics::{AppTotals, Metrics};
+use shard::{Shard, Shared};
+
+pub use listen::ListenError;
+
+/// How a gateway is started.
+pub struct GatewayOptions {
+    /// Stable over restarts.
+    pub instance_id: String,
+    /// Grows with each start.
+    pub incarnation: u64,
+    /// Where devices connect with MQTT over TCP; port 0 lets the kernel choose.
+    pub mqtt: Vec<SocketAddr>,
+    /// Where devices connect with MQTT over WebSocket (path `/mqtt` or `/`).
+    pub websocket: Vec<SocketAddr>,
+    /// What devices are told to connect to, by scheme (`mqtt`, `ws`), where it is not the address listened on.
+    pub advertise: std::collections::BTreeMap<String, String>,
+    /// Threads that hold connections; 0 = one a core.
+    pub shards: usize,
+    pub metrics: prometheus::Registry,
+}
+
+/// Why a gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error("cannot set up a shard: {0}")]
+    Shard(std::io::Error),
+    #[error("cannot register metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// A running gateway.
+pub struct GatewayHandle {
+    mqtt: Vec<SocketAddr>,
+    websocket: Vec<SocketAddr>,
+    shards: Vec<ShardHandle>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+    link: Link,
+    agent: Agent,
+    instance: Instance,
+    stop: CancellationToken,
+}
+
+pub struct Gateway;
+
+impl Gateway {
+    /// Listens, starts the shards, and registers with the keeper. Must be called within a tokio runtime.
+    pub fn start(options: GatewayOptions, agent: Agent) -> Result<GatewayHandle, GatewayError> {
+        raise_file_limit();
+        let metrics = Metrics::register(&options.metrics)?;
+        let count = match options.shards {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        }
+        .min(routes::MAX_SHARDS);
+        let mut listeners: Vec<Vec<shard::Listener>> = (0..count).map(|_| Vec::new()).collect();
+        let mqtt = listen::listen(&options.mqtt, false, &mut listeners)?;
+        let websocket = listen::listen(&options.websocket, true, &mut listeners)?;
+
+        let stop = CancellationToken::new();
+        let mut configs = agent.config::<GatewayConfig>();
+        let mut apps = agent.configs::<App>();
+        let shared = Arc::new(Shared {
+            config: ArcSwap::new(configs.borrow_and_update().clone()),
+            apps: ArcSwap::new(apps.borrow_and_update().clone()),
+            metrics: metrics.clone(),
+            totals: AppTotals::default(),
+            connections: AtomicUsize::new(0),
+            next_connection: AtomicU64::new(1),
+        });
+        let link = Link::start(
+            agent.clone(),
+            options.instance_id.clone(),
+            options.incarnation,
+            metrics,
+            stop.clone(),
+        );
+        let mut shards = Vec::new();
+        let mut built = Vec::new();
+        for (index, listeners) in listeners.into_iter().enumerate() {
+            let (shard, handle) =
+                Shard::new(index, shared.clone(), link.clone(), listeners).map_err(GatewayError::Shard)?;
+            shards.push(handle);
+            built.push(shard);
+        }
+        link.serve(shards.clone());
+        let mut threads = Vec::new();
+        for (index, shard) in built.into_iter().enumerate() {
+            let thread =
+                std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || shard.run());
+            threads.push(thread.map_err(GatewayError::Shard)?);
+        }
+
+        let mut addresses = std::collections::BTreeMap::new();
+        if let Some(address) = mqtt.first() {
+            addresses.insert("mqtt".to_owned(), address.to_string());
+        }
+        if let Some(address) = websocket.first() {
+            addresses.insert("ws".to_owned(), address.to_string());
+        }
+        addresses.extend(options.advertise);
+        let instance = Instance {
+            id: options.instance_id,
+            incarnation: options.incarnation,
+            roles: vec![Role::Gateway],
+            addresses,
+            labels: std::collections::BTreeMap::new(),
+            draining: false,
+        };
+        agent.register(instance.clone());
+
+        let followed = shared.clone();
+        let stopped = stop.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    changed = configs.changed() => match changed {
+                        Ok(()) => followed.config.store(configs.borrow_and_update().clone()),
+                        Err(_) => return,
+                    },
+                    changed = apps.changed() => match changed {
+                        Ok(()) => followed.apps.store(apps.borrow_and_update().clone()),
+                        Err(_) => return,
+                    },
+                    () = stopped.cancelled() => return,
+                }
+            }
+        });
+        tokio::spawn(report(shared, link.clone(), stop.clone()));
+        Ok(GatewayHandle { mqtt, websocket, shards, threads, link, agent, instance, stop })
+    }
+}
+
+impl GatewayHandle {
+    /// Addresses listened on for MQTT over TCP.
+    pub fn mqtt(&self) -> &[SocketAddr] {
+        &self.mqtt
+    }
+
+    /// Addresses listened on for MQTT over WebSocket.
+    pub fn websocket(&self) -> &[SocketAddr] {
+        &self.websocket
+    }
+
+    /// A cheap view for readiness checks.
+    pub fn readiness(&self) -> Readiness {
+        Readiness { link: self.link.clone() }
+    }
+
+    /// Leaves discovery, tells every device that the server shuts down, hands their sessions to the saver, and ends.
+    /// Bounded: what is not done after `deadline` is left.
+    pub async fn stop(self, deadline: Duration) {
+        self.agent.register(Instance { draining: true, ..self.instance.clone() });
+        let stopping = async {
+            for shard in &self.shards {
+                let (done, stopped) = oneshot::channel();
+                shard.post(Event::Stop(done));
+                let _ = stopped.await;
+            }
+            let _ = self.link.flushed().await;
+        };
+        if tokio::time::timeout(deadline, stopping).await.is_err() {
+            tracing::warn!(?deadline, "devices could not all be told in time");
+        }
+        self.stop.cancel();
+        for thread in self.threads {
+            if thread.is_finished() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// See [`GatewayHandle::readiness`].
+#[derive(Clone)]
+pub struct Readiness {
+    link: Link,
+}
+
+impl Readiness {
+    /// Why devices cannot be served yet; empty when they can.
+    pub fn reasons(&self) -> Vec<String> {
+        self.link.not_ready()
+    }
+}
+
+async fn report(shared: Arc<Shared>, link: Link, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        let apps = shared.totals.snapshot();
+        link.metrics().routes.set(link.routes().len() as i64);
+        link.report(&v1::GatewayReport {
+            connections: shared.connections.load(std::sync::atomic::Ordering::Relaxed) as u64,
+            apps: apps
+                .into_iter()
+                .map(|(app, counts)| v1::AppReport {
+                    app: app.to_string(),
+                    connections: u64::try_from(counts.connections).unwrap_or(0),
+                    delivered: counts.delivered,
+                    published: counts.published,
+                    dropped: counts.dropped,
+                })
+                .collect(),
+            bytes_resident: resident_bytes(),
+        });
+    }
+}
+
+/// Resident memory of this process; 0 where it cannot be read.
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|statm| statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()));
+    // SAFETY: sysconf has no preconditions.
+    let page_bytes = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    pages.unwrap_or(0) * page_bytes
+}
+
+/// A gateway needs a file for each connection: takes as many as the system allows this process.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls read or write one rlimit that lives here.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! One long-lived stream to one registry instance: what we subscribe to goes up, messages come down.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use carillon_proto::v1::{self, attach_down, attach_up};
+use carillon_proto::{MAX_GRPC_MESSAGE_BYTES, topic};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+
+use super::{AttachCommand, BroadcastCount, Inner};
+use crate::delivery::Delivery;
+use crate::event::{ConnId, Event, KickReason};
+
+/// Routes in one Announce.
+const ANNOUNCE_BATCH: usize = 4096;
+/// After an owner answered that it is not, before it is asked again: it may not have heard yet.
+const NOT_OWNER_RETRY: Duration = Duration::from_millis(50);
+
+type Up = mpsc::Sender<v1::AttachUp>;
+
+pub(super) async fn run(
+    inner: Arc<Inner>,
+    registry: Arc<str>,
+    endpoint: Endpoint,
+    mut commands: mpsc::Receiver<AttachCommand>,
+    stop: CancellationToken,
+) {
+    let mut backoff = Duration::from_millis(20);
+    loop {
+        let round = converse(&inner, &registry, &endpoint, &mut commands, &mut backoff);
+        let error = tokio::select! {
+            error = round => error,
+            () = stop.cancelled() => break,
+        };
+        tracing::debug!(%registry, %error, "not attached, trying again");
+        inner.routes.wild_forgotten(&registry);
+        let wait = backoff.mul_f64(0.5 + rand::random::<f64>());
+        backoff = (backoff * 2).min(Duration::from_secs(2));
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    inner.routes.wild_forgotten(&registry);
+}
+
+/// Attaches and stays until the stream ends; gives the reason.
+async fn converse(
+    inner: &Arc<Inner>,
+    registry: &Arc<str>,
+    endpoint: &Endpoint,
+    commands: &mut mpsc::Receiver<AttachCommand>,
+    backoff: &mut Duration,
+) -> String {
+    let channel = match endpoint.connect().await {
+        Ok(channel) => channel,
+        Err(error) => return error.to_string(),
+    };
+    let mut client = v1::registry_client::RegistryClient::new(channel)
+        .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
+    let (up, outbound) = mpsc::channel(256);
+    let hello =
+        v1::Hello { instance: inner.instance.clone(), incarnation: inner.incarnation, routes_only: false };
+    let mut stream = Stream { up, next_request: 1, asked: HashMap::new(), again: HashSet::new() };
+    if stream.send(attach_up::Body::Hello(hello)).await.is_err() {
+        return "the stream could not be opened".to_owned();
+    }
+    let mut down = match client.attach(ReceiverStream::new(outbound)).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return status.to_string(),
+    };
+    *backoff = Duration::from_millis(20);
+    inner.metrics.attached.inc();
+    let reason = stream.speak(inner, registry, commands, &mut down).await;
+    inner.metrics.attached.dec();
+    reason
+}
+
+struct Stream {
+    up: Up,
+    next_request: u64,
+    /// What was asked in each Announce that is not answered yet.
+    asked: HashMap<u64, Vec<Arc<str>>>,
+    /// Slots that the registry said are not its own, though the keeper says they are.
+    again: HashSet<u32>,
+}
+
+struct Ended;
+
+impl Stream {
+    async fn send(&self, body: attach_up::Body) -> Result<(), Ended> {
+        self.up.send(v1::AttachUp { body: Some(body) }).await.map_err(|_| Ended)
+    }
+
+    async fn speak(
+        &mut self,
+        inner: &Arc<Inner>,
+        registry: &Arc<str>,
+        commands: &mut mpsc::Receiver<AttachCommand>,
+        down: &mut tonic::Streaming<v1::AttachDown>,
+    ) -> String {
+        let ended = "the registry ended the stream".to_owned();
+        // It knows nothing of us: all that is its business, from the start. What is in the queue is looked up when
+        // it is sent, so it does no harm that it may be told twice.
+        if self.announce_everything(inner, registry).await.is_err() {
+            return ended;
+        }
+        let mut taken = Vec::new();
+        let mut retry = tokio::time::interval(NOT_OWNER_RETRY);
+        loop {
+            tokio::select! {
+                received = down.message() => match received {
+                    Ok(Some(v1::AttachDown { body: Some(body) })) => self.received(inner, registry, body).await,
+                    Ok(Some(_)) => {}
+                    Ok(None) => return ended,
+                    Err(status) => return status.to_string(),
+                },
+                count = commands.recv_many(&mut taken, ANNOUNCE_BATCH) => {
+                    if count == 0 {
+                        return "no longer wanted".to_owned();
+                    }
+                    if self.told(inner, registry, &mut taken).await.is_err() {
+                        return ended;
+                    }
+                }
+                _ = retry.tick(), if !self.again.is_empty() => {
+                    let slots: Vec<u32> = self.again.drain().collect();
+                    if self.announce_slots(inner, registry, &slots).await.is_err() {
+                        return ended;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn announce_everything(&mut self, inner: &Arc<Inner>, registry: &Arc<str>) -> Result<(), Ended> {
+        for filters in inner.routes.wild_filters().chunks(ANNOUNCE_BATCH) {
+            let routes = filters.iter().map(|filter| (filter.clone(), true, 0)).collect();
+            self.announce(routes).await?;
+        }
+        let map = inner.slots.load_full();
+        let mine = (0..map.slots.len()).filter(|&slot| map.slots[slot].instance == *registry);
+        let mine: Vec<u32> = mine.map(|slot| slot as u32).collect();
+        self.announce_slots(inner, registry, &mine).await?;
+        let mut flags = vec![false; topic::SLOTS as usize];
+        for slot in mine {
+            flags[slot as usize] = true;
+        }
+        let flags = Arc::new(flags);
+        for shard in inner.shards() {
+            shard.post(Event::AnnounceSessions(flags.clone()));
+        }
+        Ok(())
+    }
+
+    /// All topics of these slots, then that this was all.
+    async fn announce_slots(
+        &mut self,
+        inner: &Arc<Inner>,
+        registry: &Arc<str>,
+        slots: &[u32],
+    ) -> Result<(), Ended> {
+        let map = inner.slots.load_full();
+        let mut complete = Vec::new();
+        let mut routes = Vec::new();
+        for &slot in slots {
+            // It may have moved on meanwhile; then its new owner is told.
+            let Some(owner) = map.slots.get(slot as usize).filter(|owner| owner.instance == *registry) else {
+                continue;
+            };
+            complete.push(v1::SlotEpoch { slot, epoch: owner.epoch });
+            for (topic, last) in inner.routes.topics_of_slot(slot) {
+                routes.push((topic, true, last));
+                if routes.len() >= ANNOUNCE_BATCH {
+                    self.announce(std::mem::take(&mut routes)).await?;
+                }
+            }
+        }
+        if !routes.is_empty() {
+            self.announce(routes).await?;
+        }
+        if complete.is_empty() {
+            return Ok(());
+        }
+        self.send(attach_up::Body::Complete(v1::SlotComplete { slots: complete })).await
+    }
+
+    async fn announce(&mut self, routes: Vec<(Arc<str>, bool, u64)>) -> Result<(), Ended> {
+        let request = self.next_request;
+        self.next_request += 1;
+        let wire = routes.iter().map(|(filter, present, last)| v1::Route {
+            filter: filter.to_string(),
+            present: *present,
+            last: *last,
+        });
+        let announce = v1::Announce { request, routes: wire.collect() };
+        self.asked.insert(request, routes.into_iter().map(|(filter, _, _)| filter).collect());
+        self.send(attach_up::Body::Announce(announce)).await
+    }
+
+    /// Passes on what the shards and the other tasks had to say.
+    async fn told(
+        &mut self,
+        inner: &Arc<Inner>,
+        registry: &Arc<str>,
+        commands: &mut Vec<AttachCommand>,
+    ) -> Result<(), Ended> {
+        let mut routes = Vec::new();
+        let mut changes = Vec::new();
+        for command in commands.drain(..) {
+            match command {
+                AttachCommand::Route(topic) => {
+                    let (present, last) = inner.routes.state(&topic);
+                    routes.push((topic, present, last));
+                }
+                AttachCommand::WildRoute(filter) => {
+                    let present = inner.routes.is_wild_present(&filter);
+                    routes.push((filter, present, 0));
+                }
+                AttachCommand::Slots(slots) => self.announce_slots(inner, registry, &slots).await?,
+                AttachCommand::Session(change) => changes.push(change),
+                AttachCommand::Progress(progress) => self.send(attach_up::Body::Progress(progress)).await?,
+                AttachCommand::Report(report) => self.send(attach_up::Body::Report(report)).await?,
+            }
+        }
+        if !routes.is_empty() {
+            self.announce(routes).await?;
+        }
+        if !changes.is_empty() {
+            self.send(attach_up::Body::Sessions(v1::SessionChanges { changes })).await?;
+        }
+        Ok(())
+    }
+
+    async fn received(&mut self, inner: &Arc<Inner>, registry: &Arc<str>, body: attach_down::Body) {
+        match body {
+            attach_down::Body::Welcome(_) => {}
+            attach_down::Body::Announced(announced) => self.announced(inner, registry, &announced),
+            attach_down::Body::Deliver(deliver) => {
+                // A shard that is far behind holds this stream up, and so the registry: it bounds what it queues for us
+                // and ends the stream at the bound; the logs are then read from where we are.
+                while inner.shards().iter().any(|shard| shard.is_full()) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                self::deliver(inner, registry, deliver);
+            }
+            attach_down::Body::Kick(kick) => self::kick(inner, &kick),
+            attach_down::Body::Control(control) => inner.broadcast_control(&control),
+        }
+    }
+
+    fn announced(&mut self, inner: &Arc<Inner>, registry: &Arc<str>, announced: &v1::Announced) {
+        let Some(filters) = self.asked.remove(&announced.request) else { return };
+        let refused: HashSet<u32> = announced.not_owner.iter().copied().collect();
+        let registries = inner.registry_names();
+        for (i, filter) in filters.iter().enumerate() {
+            if refused.contains(&(i as u32)) {
+                let slot = topic::slot_of(filter);
+                if inner.owner(filter).as_ref() == Some(registry) {
+                    self.again.insert(slot);
+                }
+                continue;
+            }
+            if topic::is_wildcard(filter) {
+                inner.routes.wild_in_force(filter, registry, &registries);
+                continue;
+            }
+            let head = announced.heads.get(i).copied().unwrap_or(0);
+            if let Some(shards) = inner.routes.in_force(filter, head) {
+                inner.post(shards, || Event::Behind { topic: filter.clone(), head });
+            }
+        }
+    }
+}
+
+fn deliver(inner: &Arc<Inner>, registry: &Arc<str>, deliver: v1::Deliver) {
+    for message in deliver.messages {
+        let slot = topic::slot_of(&message.topic);
+        if !inner.note_epoch(slot, message.epoch) {
+            inner.metrics.stale_epoch.inc();
+            continue;
+        }
+        let shards = inner.routes.shards_for(&message.topic, message.stored.then_some(message.seq));
+        if deliver.broadcast.is_empty() {
+            if shards != 0 {
+                let delivery = Arc::new(Delivery::new(message));
+                inner.post(shards, || Event::Deliver(delivery.clone()));
+            }
+            continue;
+        }
+        let job: Arc<str> = deliver.broadcast.as_str().into();
+        if shards == 0 {
+            let nothing = v1::BroadcastProgress { job: job.to_string(), total: 0, done: 0, finished: true };
+            inner.to(registry, AttachCommand::Progress(nothing));
+            continue;
+        }
+        let expected = shards.count_ones() as usize;
+        let count = BroadcastCount { owner: registry.clone(), expected, ..BroadcastCount::default() };
+        inner.broadcasts.lock().insert(job.clone(), count);
+        let delivery = Arc::new(Delivery::new(message));
+        inner.post(shards, || Event::Broadcast { job: job.clone(), delivery: delivery.clone() });
+    }
+}
+
+fn kick(inner: &Arc<Inner>, kick: &v1::KickSession) {
+    let Some(session) = &kick.session else { return };
+    let key = crate::delivery::session_key(&session.app, &session.user, &session.client_id);
+    let Some((conn, connection)) = inner.sessions.find(key) else { return };
+    if kick.connection != 0 && kick.connection != connection {
+        return;
+    }
+    let reason = match kick.reason() {
+        v1::kick_session::Reason::TakenOver => KickReason::TakenOver,
+        _ => KickReason::Administrative,
+    };
+    let ConnId { shard, .. } = conn;
+    if let Some(shard) = inner.shards().get(shard as usize) {
+        shard.post(Event::Kick { conn, reason, then: None });
+    }
+}

@@ -1,0 +1,56 @@
+//! Listening sockets: one for each shard on the same address (SO_REUSEPORT), so that the kernel spreads connections.
+
+use std::io;
+use std::net::SocketAddr;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::shard::Listener;
+
+/// Connections that the kernel keeps until they are accepted.
+const BACKLOG: i32 = 4096;
+
+/// Why an address cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("the port of {0} is in use by another process")]
+    InUse(SocketAddr),
+    #[error("cannot listen on {address}: {error}")]
+    Other { address: SocketAddr, error: io::Error },
+}
+
+/// Listens on each address, once for each shard; gives the addresses with their ports as the kernel chose them.
+pub fn listen(
+    addresses: &[SocketAddr],
+    is_websocket: bool,
+    shards: &mut [Vec<Listener>],
+) -> Result<Vec<SocketAddr>, ListenError> {
+    let mut bound = Vec::new();
+    for &address in addresses {
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::AddrInUse => ListenError::InUse(address),
+            _ => ListenError::Other { address, error },
+        };
+        // With SO_REUSEPORT the kernel would share the port with another process of ours without a word: a first socket
+        // without it finds out.
+        let alone = socket(address, false).map_err(failed)?;
+        let mut actual = alone.local_addr().map_err(failed)?.as_socket().unwrap_or(address);
+        drop(alone);
+        for shard in shards.iter_mut() {
+            let socket = socket(actual, true).map_err(failed)?;
+            actual = socket.local_addr().map_err(failed)?.as_socket().unwrap_or(actual);
+            shard.push(Listener { socket: socket.into(), is_websocket });
+        }
+        bound.push(actual);
+    }
+    Ok(bound)
+}
+
+fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}

@@ -1,0 +1,158 @@
+//! The gateway's metrics: names in one table, described once. Shards count for themselves and add up once a second.
+
+use std::sync::Arc;
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+pub const CONNECTIONS: &str = "carillon_gateway_connections";
+pub const CONNECTS: &str = "carillon_gateway_connects_total";
+pub const DISCONNECTS: &str = "carillon_gateway_disconnects_total";
+pub const DELIVERED: &str = "carillon_gateway_deliveries_total";
+pub const DROPPED: &str = "carillon_gateway_deliveries_dropped_total";
+pub const PUBLISHED: &str = "carillon_gateway_publishes_total";
+pub const SUBSCRIPTIONS: &str = "carillon_gateway_subscriptions";
+pub const BYTES: &str = "carillon_gateway_bytes_total";
+pub const ROUTES: &str = "carillon_gateway_routes";
+pub const ATTACHED: &str = "carillon_gateway_registries_attached";
+pub const ATTACH_OVERFLOWS: &str = "carillon_gateway_attach_overflows_total";
+pub const STALE_EPOCH: &str = "carillon_gateway_stale_epoch_messages_total";
+pub const SAVER_UNSENT: &str = "carillon_gateway_saver_unsent_total";
+pub const LOG_READS: &str = "carillon_gateway_log_reads_total";
+
+#[derive(Clone)]
+pub struct Metrics {
+    /// By protocol: `mqtt3`, `mqtt5`.
+    pub connections: IntGaugeVec,
+    /// By result: `accepted`, or the MQTT 5 reason code of the refusal ("0x87").
+    pub connects: IntCounterVec,
+    /// By reason: `normal`, `keep_alive_timeout`, `network`, …
+    pub disconnects: IntCounterVec,
+    /// By QoS.
+    pub delivered: IntCounterVec,
+    /// By reason: `slow_consumer`, `expired`, `too_large`, `inflight`.
+    pub dropped: IntCounterVec,
+    /// By QoS.
+    pub published: IntCounterVec,
+    pub subscriptions: IntGauge,
+    /// By direction: `in`, `out`.
+    pub bytes: IntCounterVec,
+    pub routes: IntGauge,
+    pub attached: IntGauge,
+    pub attach_overflows: IntCounter,
+    pub stale_epoch: IntCounter,
+    pub saver_unsent: IntCounter,
+    pub log_reads: IntCounter,
+}
+
+impl Metrics {
+    /// # Errors
+    /// When one of the names is taken in this registry.
+    pub fn register(registry: &Registry) -> Result<Metrics, prometheus::Error> {
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let metric = IntCounter::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let counters = |name: &str, help: &str, label: &str| -> Result<IntCounterVec, prometheus::Error> {
+            let metric = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
+            let metric = IntGauge::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let connections = IntGaugeVec::new(
+            Opts::new(CONNECTIONS, "Devices connected, by protocol version"),
+            &["protocol"],
+        )?;
+        registry.register(Box::new(connections.clone()))?;
+        Ok(Metrics {
+            connections,
+            connects: counters(CONNECTS, "CONNECT packets answered, by result", "result")?,
+            disconnects: counters(DISCONNECTS, "Connections ended, by reason", "reason")?,
+            delivered: counters(DELIVERED, "PUBLISH packets sent to devices, by QoS", "qos")?,
+            dropped: counters(DROPPED, "Messages not sent to a subscriber, by reason", "reason")?,
+            published: counters(PUBLISHED, "PUBLISH packets received from devices, by QoS", "qos")?,
+            subscriptions: gauge(SUBSCRIPTIONS, "Subscriptions of connected devices")?,
+            bytes: counters(
+                BYTES,
+                "Bytes to and from devices, TLS and WebSocket framing aside",
+                "direction",
+            )?,
+            routes: gauge(ROUTES, "Topics and filters that this gateway has subscribers for")?,
+            attached: gauge(ATTACHED, "Registry instances that this gateway is attached to")?,
+            attach_overflows: counter(
+                ATTACH_OVERFLOWS,
+                "Announcements lost because a registry did not take them",
+            )?,
+            stale_epoch: counter(STALE_EPOCH, "Messages refused because they came from a deposed owner")?,
+            saver_unsent: counter(SAVER_UNSENT, "Acks and closings that could not be sent to a saver")?,
+            log_reads: counter(LOG_READS, "Reads of topic logs for devices that were behind")?,
+        })
+    }
+}
+
+/// What one shard has counted since it last added up.
+#[derive(Default)]
+pub struct Counts {
+    pub delivered: [u64; 3],
+    pub published: [u64; 3],
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub dropped_slow: u64,
+    pub dropped_expired: u64,
+    pub dropped_large: u64,
+    pub dropped_inflight: u64,
+}
+
+impl Counts {
+    pub fn flush(&mut self, metrics: &Metrics) {
+        let counts = std::mem::take(self);
+        for (qos, label) in ["0", "1", "2"].iter().enumerate() {
+            metrics.delivered.with_label_values(&[label]).inc_by(counts.delivered[qos]);
+            metrics.published.with_label_values(&[label]).inc_by(counts.published[qos]);
+        }
+        metrics.bytes.with_label_values(&["in"]).inc_by(counts.bytes_in);
+        metrics.bytes.with_label_values(&["out"]).inc_by(counts.bytes_out);
+        let dropped = [
+            ("slow_consumer", counts.dropped_slow),
+            ("expired", counts.dropped_expired),
+            ("too_large", counts.dropped_large),
+            ("inflight", counts.dropped_inflight),
+        ];
+        for (reason, count) in dropped {
+            metrics.dropped.with_label_values(&[reason]).inc_by(count);
+        }
+    }
+}
+
+/// An app's totals since the gateway started, over all shards.
+#[derive(Default)]
+pub struct AppTotals {
+    apps: parking_lot::Mutex<std::collections::HashMap<Arc<str>, AppCounts>>,
+}
+
+#[derive(Default, Clone, Copy)]
+pub struct AppCounts {
+    pub connections: i64,
+    pub delivered: u64,
+    pub published: u64,
+    pub dropped: u64,
+}
+
+impl AppTotals {
+    pub fn add(&self, app: &Arc<str>, counts: AppCounts) {
+        let mut apps = self.apps.lock();
+        let total = apps.entry(app.clone()).or_default();
+        total.connections += counts.connections;
+        total.delivered += counts.delivered;
+        total.published += counts.published;
+        total.dropped += counts.dropped;
+    }
+
+    pub fn snapshot(&self) -> Vec<(Arc<str>, AppCounts)> {
+        self.apps.lock().iter().map(|(app, counts)| (app.clone(), *counts)).collect()
+    }
+}

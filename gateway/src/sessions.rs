@@ -1,0 +1,33 @@
+//! Which connection holds which session, over all shards of this gateway: for take-over and for kicks from outside.
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+
+use crate::event::ConnId;
+
+/// By [`session_key`](crate::delivery::session_key).
+#[derive(Default)]
+pub struct Sessions {
+    held: DashMap<u128, (ConnId, u64), xxhash_rust::xxh3::Xxh3Builder>,
+}
+
+impl Sessions {
+    /// This connection holds the session from now on; gives the one that held it before.
+    pub fn take(&self, key: u128, conn: ConnId, connection: u64) -> Option<ConnId> {
+        self.held.insert(key, (conn, connection)).map(|(before, _)| before)
+    }
+
+    /// The connection has ended; a later holder of the session stays.
+    pub fn release(&self, key: u128, conn: ConnId) {
+        if let Entry::Occupied(held) = self.held.entry(key)
+            && held.get().0 == conn
+        {
+            held.remove();
+        }
+    }
+
+    /// Who holds it, and the number of that connection.
+    pub fn find(&self, key: u128) -> Option<(ConnId, u64)> {
+        self.held.get(&key).map(|held| *held)
+    }
+}

@@ -1,0 +1,343 @@
+//! CONNECT to CONNACK: admission, take-over, and the session that was kept.
+
+use std::net::SocketAddr;
+
+use carillon_proto::v1;
+
+use super::Shard;
+use super::close::Reason;
+use super::conn::{OpeningConnect, Phase, Session, Will};
+use super::timers::{Entry, TICK, ticks};
+use crate::auth::{self, Admitted, Refusal};
+use crate::codec::{self, ConnAckProperties, Connect, DecodeError, QoS, Version, reason};
+use crate::delivery::session_key;
+use crate::event::ConnId;
+use crate::link::SaverFailure;
+
+impl Shard {
+    pub(super) fn connect(&mut self, index: u32, connect: &Connect<'_>) {
+        let conn = &mut self.conns[index as usize];
+        if conn.phase != Phase::Connecting {
+            // MQTT 5.0 §3.1.0-2.
+            let text = "a second CONNECT on one connection".to_owned();
+            return self.close(index, Reason::ProtocolError { reason: reason::PROTOCOL_ERROR, text });
+        }
+        conn.version = connect.version;
+        let connections = self.shared.connections.load(std::sync::atomic::Ordering::Relaxed);
+        let apps = self.shared.apps.load_full();
+        let admitted = if connections > self.config.max_connections as usize {
+            let text = format!("the gateway holds its {} connections already", self.config.max_connections);
+            Err(Refusal { reason: reason::SERVER_BUSY, text })
+        } else {
+            auth::admit(connect, &apps, self.config.token_leeway_seconds)
+                .and_then(|admitted| self.will(connect, &admitted, &apps).map(|will| (admitted, will)))
+        };
+        let (admitted, will) = match admitted {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse(index, refusal.reason, &refusal.text),
+        };
+        let session = self.session(index, connect, admitted, will);
+        let (key, connection) = (session.key, session.connection);
+        let conn = &mut self.conns[index as usize];
+        conn.session = Some(Box::new(session));
+        conn.phase = Phase::Opening;
+        self.link.cancel_will(key);
+        let id = self.id(index);
+        match self.link.sessions().take(key, id, connection) {
+            Some(before) if usize::from(before.shard) == self.index => {
+                self.kick(before, crate::event::KickReason::TakenOver, None);
+                self.open(index);
+            }
+            Some(before) => {
+                self.conns[index as usize].is_paused = true;
+                let kick = crate::event::Event::Kick {
+                    conn: before,
+                    reason: crate::event::KickReason::TakenOver,
+                    then: Some(id),
+                };
+                self.link.shard(before.shard.into()).post(kick);
+            }
+            None => self.open(index),
+        }
+    }
+
+    fn session(
+        &mut self,
+        index: u32,
+        connect: &Connect<'_>,
+        admitted: Admitted,
+        will: Option<Will>,
+    ) -> Session {
+        let expiry = match connect.version {
+            Version::V5 => connect.session_expiry.min(self.config.max_session_expiry_seconds),
+            Version::V4 if connect.clean_start => 0,
+            Version::V4 => self.config.default_session_expiry_seconds,
+        };
+        let app_index = self.app_index(&admitted.app);
+        let address: SocketAddr = super::peer(&self.conns[index as usize].stream);
+        Session {
+            key: session_key(&admitted.app, &admitted.user, &admitted.client_id),
+            app: self.apps[app_index as usize].0.clone(),
+            app_index,
+            is_root: admitted.is_root,
+            user: admitted.user.into(),
+            client_id: admitted.client_id.into(),
+            rights: admitted.rights,
+            connection: self.shared.next_connection.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
+            since_ms: self.now_ms,
+            address,
+            expires: admitted.expires,
+            expiry_seconds: expiry,
+            attachment: None,
+            is_online: false,
+            window: connect.receive_maximum.min(self.config.max_inflight),
+            max_packet_bytes: connect.maximum_packet_size.unwrap_or(u32::MAX),
+            wants_problems: connect.request_problem_information,
+            will: will.map(Box::new),
+            opening: Some(Box::new(OpeningConnect {
+                clean_start: connect.clean_start,
+                requested_expiry: connect.session_expiry,
+                requested_keep_alive: connect.keep_alive,
+                is_client_id_assigned: admitted.is_client_id_assigned,
+                session_present: false,
+            })),
+            inflight: None,
+            publishing: None,
+            behind: None,
+            waiting: None,
+            pending: None,
+            unsubscribing: None,
+            wild_last: None,
+            next_packet_id: 0,
+        }
+    }
+
+    fn will(
+        &self,
+        connect: &Connect<'_>,
+        admitted: &Admitted,
+        apps: &auth::Apps,
+    ) -> Result<Option<Will>, Refusal> {
+        let Some(will) = &connect.will else { return Ok(None) };
+        let refuse = |reason, text: String| Err(Refusal { reason, text });
+        if will.qos == QoS::ExactlyOnce {
+            return refuse(
+                reason::QOS_NOT_SUPPORTED,
+                "the will has QoS 2, which is not supported".to_owned(),
+            );
+        }
+        if !will.payload_is_as_declared() {
+            return refuse(
+                reason::PAYLOAD_FORMAT_INVALID,
+                "the will's payload is not UTF-8 as it says".to_owned(),
+            );
+        }
+        let resolved = auth::resolve(&admitted.app, admitted.is_root, will.topic);
+        let allowed = resolved.and_then(|(topic, _)| {
+            let app = apps.get(&*admitted.app)?;
+            let allowed =
+                auth::may_publish(app, admitted.rights.as_deref(), &admitted.user, auth::below(&topic));
+            allowed.then_some(topic)
+        });
+        let Some(topic) = allowed else {
+            return refuse(
+                reason::NOT_AUTHORIZED,
+                format!("the will's topic {:?} may not be published to", will.topic),
+            );
+        };
+        if let Err(error) = carillon_proto::topic::check_name(&topic) {
+            return refuse(reason::TOPIC_NAME_INVALID, format!("the will's topic {error}"));
+        }
+        let publisher = v1::SessionRef {
+            app: admitted.app.to_string(),
+            user: admitted.user.clone(),
+            client_id: admitted.client_id.clone(),
+        };
+        let mut message = super::publish::message(
+            topic,
+            will.payload,
+            will.qos,
+            will.retain,
+            &will.props,
+            &admitted.app,
+            admitted.is_root,
+            publisher,
+            self.now_ms,
+        );
+        // Its life begins when it is published.
+        message.expires_ms = 0;
+        Ok(Some(Will { message, delay_seconds: will.delay_seconds }))
+    }
+
+    /// The session is this connection's alone now: fetch what was kept, or begin afresh.
+    fn open(&mut self, index: u32) {
+        let id = self.id(index);
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &conn.session else { return };
+        let Some(opening) = &session.opening else { return };
+        let open = v1::OpenSession {
+            session: Some(session.session_ref()),
+            gateway: self.link.instance().to_owned(),
+            incarnation: self.link.incarnation(),
+            clean_start: opening.clean_start,
+            // A session that is to end with the connection, but goes on with what was kept, is kept until then.
+            expiry_seconds: if opening.clean_start {
+                session.expiry_seconds
+            } else {
+                session.expiry_seconds.max(1)
+            },
+        };
+        if open.clean_start && open.expiry_seconds == 0 {
+            // Nothing to wait for: whatever there was is forgotten.
+            self.link.forget_session(open);
+            self.accept_connect(index);
+        } else {
+            conn.is_paused = true;
+            let session = session.session_ref();
+            self.link.open_session(id, session, open);
+        }
+    }
+
+    pub(super) fn proceed(&mut self, id: ConnId) {
+        let Some(index) = self.find(id) else { return };
+        if self.conns[index as usize].phase == Phase::Opening {
+            self.open(index);
+        } else if !self.conns[index as usize].is_paused {
+            self.resume(index);
+        }
+    }
+
+    pub(super) fn opened(
+        &mut self,
+        id: ConnId,
+        session: v1::SessionRef,
+        result: Result<v1::SessionOpened, SaverFailure>,
+    ) {
+        let Some(index) = self.find(id) else {
+            // The device went before its session came; what was kept goes on being kept from now.
+            if let Ok(opened) = result
+                && opened.kept
+            {
+                self.link.close_session(v1::CloseSession {
+                    session: Some(session),
+                    attachment: opened.attachment,
+                    expiry_seconds: self.config.default_session_expiry_seconds,
+                    sent: Vec::new(),
+                });
+            }
+            return;
+        };
+        let opened = match result {
+            Ok(opened) => opened,
+            Err(error) => {
+                tracing::warn!(%error, "session could not be opened");
+                return self.refuse(
+                    index,
+                    reason::SERVER_UNAVAILABLE,
+                    "the session could not be opened, try again",
+                );
+            }
+        };
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        session.attachment = opened.kept.then_some(opened.attachment);
+        if let Some(opening) = &mut session.opening {
+            opening.session_present = opened.present;
+        }
+        if opened.subscriptions.is_empty() {
+            self.accept_connect(index);
+        } else {
+            self.restore_subscriptions(index, opened.subscriptions);
+        }
+    }
+
+    /// Sends the CONNACK; the device is online.
+    pub(super) fn accept_connect(&mut self, index: u32) {
+        let config = self.config.clone();
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        let Some(opening) = session.opening.take() else { return };
+        let max = config.max_keep_alive_seconds;
+        let overruled = max > 0 && (opening.requested_keep_alive == 0 || opening.requested_keep_alive > max);
+        conn.keep_alive =
+            if overruled && conn.version == Version::V5 { max } else { opening.requested_keep_alive };
+        conn.phase = Phase::Live;
+        conn.last_read = self.now;
+        session.is_online = true;
+        let properties = ConnAckProperties {
+            session_expiry: (session.expiry_seconds != opening.requested_expiry)
+                .then_some(session.expiry_seconds),
+            receive_maximum: Some(config.receive_maximum),
+            maximum_qos: QoS::AtLeastOnce,
+            maximum_packet_size: Some(config.max_packet_bytes),
+            assigned_client_id: opening.is_client_id_assigned.then_some(&*session.client_id),
+            server_keep_alive: overruled.then_some(max),
+            shared_available: false,
+            ..ConnAckProperties::default()
+        };
+        self.scratch.clear();
+        codec::connack(
+            &mut self.scratch,
+            conn.version,
+            opening.session_present,
+            reason::SUCCESS,
+            &properties,
+        );
+        self.link.session_changed(online(session, false));
+        let (keep_alive, expires, generation) = (conn.keep_alive, session.expires, conn.generation);
+        let protocol = protocol(conn.version);
+        let app = session.app_index as usize;
+        self.apps[app].1.connections += 1;
+        self.link.metrics().connections.with_label_values(&[protocol]).inc();
+        self.link.metrics().connects.with_label_values(&["accepted"]).inc();
+        if keep_alive > 0 || expires != 0 {
+            let first = ticks(std::time::Duration::from_secs(u64::from(keep_alive.max(1))).max(TICK));
+            self.timers.add(self.now + first, Entry { index, generation, once: false });
+        }
+        self.reply(index);
+        let conn = &mut self.conns[index as usize];
+        if conn.is_paused {
+            self.resume(index);
+        }
+    }
+
+    /// Answers a CONNECT with a refusal and closes.
+    fn refuse(&mut self, index: u32, reason: u8, text: &str) {
+        let conn = &self.conns[index as usize];
+        tracing::debug!(peer = %super::peer(&conn.stream), reason, text, "connect refused");
+        self.link.metrics().connects.with_label_values(&[&format!("{reason:#04x}")]).inc();
+        self.scratch.clear();
+        let properties = ConnAckProperties { reason_string: Some(text), ..ConnAckProperties::default() };
+        codec::connack(&mut self.scratch, conn.version, false, reason, &properties);
+        self.reply(index);
+        self.close(index, Reason::Refused);
+    }
+
+    /// `answer_in`: the version that it can be answered in, if it says enough for that; whoever does not begin with a
+    /// CONNECT is owed nothing (MQTT 5.0 §3.1.0-1).
+    pub(super) fn malformed_connect(&mut self, index: u32, answer_in: Option<Version>, error: &DecodeError) {
+        let Some(version) = answer_in else { return self.close(index, Reason::Malformed) };
+        self.conns[index as usize].version = version;
+        self.refuse(index, error.reason_code(), &error.to_string());
+    }
+}
+
+pub(super) fn protocol(version: Version) -> &'static str {
+    match version {
+        Version::V4 => "mqtt3",
+        Version::V5 => "mqtt5",
+    }
+}
+
+/// "This session is online here"; `again`: it has been said before, to another owner.
+pub(super) fn online(session: &Session, again: bool) -> v1::SessionChange {
+    v1::SessionChange {
+        session: Some(session.session_ref()),
+        online: true,
+        since_ms: session.since_ms,
+        address: session.address.to_string(),
+        connection: session.connection,
+        again,
+        reason: String::new(),
+    }
+}

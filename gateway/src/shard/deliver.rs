@@ -1,0 +1,548 @@
+//! From a message to the sockets of its subscribers, in the order of each topic, with nothing skipped that is stored.
+//!
+//! A subscription with QoS >= 1 knows the seq of the last stored message it was sent. The next one names its
+//! predecessor (`prev`): if that was seen, it goes out at once; if not, or if the device's window is full, the
+//! subscription is *behind* and reads the topic's log from where it is until it has caught up.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use carillon_proto::{topic, v1};
+use smallvec::SmallVec;
+
+use super::Shard;
+use super::conn::{Behind, Flight, Target, Waiting};
+use super::topics::{SubOptions, SubRef, TopicId};
+use crate::codec::{QoS, Variation, Version};
+use crate::delivery::Delivery;
+use crate::event::{ConnId, Granted};
+use crate::link::SaverFailure;
+
+/// Messages read from a log at a time for one device.
+const READ_LIMIT: u32 = 100;
+/// Messages that are in no log and are held for one device while it catches up or its window is full.
+const HELD_MAX: usize = 1000;
+/// Topics on which one device's wildcard subscriptions remember where they are; beyond it one of them begins anew.
+const WILD_CURSORS_MAX: usize = 10_000;
+
+impl Shard {
+    /// Sends a message to all of this shard's subscribers.
+    pub(super) fn deliver(&mut self, delivery: &Arc<Delivery>) {
+        if delivery.is_expired(self.now_ms) {
+            self.counts.dropped_expired += 1;
+            return;
+        }
+        if self.waits_for_job(delivery) {
+            return;
+        }
+        let mut wild: SmallVec<[TopicId; 4]> = SmallVec::new();
+        self.topics.wild_matching(&delivery.topic, &mut wild);
+        let exact = self.topics.find(&delivery.topic);
+        if wild.is_empty() {
+            let Some(exact) = exact else { return };
+            for position in 0..self.topics.get(exact).subs.len() {
+                let sub = self.topics.get(exact).subs[position];
+                let mut target = Target { options: sub.options, ..Target::default() };
+                if sub.identifier != 0 {
+                    target.identifiers.push(sub.identifier);
+                }
+                target.exact = Some(SubRef { topic: exact, position: position as u32 });
+                self.offer(sub.conn, &target, delivery);
+            }
+            return;
+        }
+        for conn in self.receivers(exact, &wild) {
+            if let Some(target) = self.target(conn, &delivery.topic) {
+                self.offer(conn, &target, delivery);
+            }
+        }
+    }
+
+    /// The connections that subscribe to any of these.
+    pub(super) fn receivers(&self, exact: Option<TopicId>, wild: &[TopicId]) -> Vec<u32> {
+        let mut conns: Vec<u32> = exact
+            .iter()
+            .chain(wild)
+            .flat_map(|&id| self.topics.get(id).subs.iter().map(|sub| sub.conn))
+            .collect();
+        conns.sort_unstable();
+        conns.dedup();
+        conns
+    }
+
+    /// What a connection's subscriptions ask for on a topic, together: one delivery with the highest QoS and all
+    /// subscription identifiers (MQTT 5.0 §3.3.4).
+    pub(super) fn target(&self, index: u32, name: &str) -> Option<Target> {
+        let conn = self.conns.get(index as usize)?;
+        let mut target: Option<Target> = None;
+        for sub in &conn.subs {
+            let topic = self.topics.get(sub.topic);
+            let is_exact = *topic.name == *name;
+            let matches = is_exact || (topic.is_wild() && topic::matches(&topic.name, name));
+            if !matches {
+                continue;
+            }
+            let its = &topic.subs[sub.position as usize];
+            let target = target.get_or_insert_with(|| Target {
+                options: SubOptions { no_local: true, ..its.options },
+                ..Target::default()
+            });
+            target.options.qos = target.options.qos.max(its.options.qos);
+            target.options.no_local &= its.options.no_local;
+            target.options.retain_as_published |= its.options.retain_as_published;
+            if its.identifier != 0 {
+                target.identifiers.push(its.identifier);
+            }
+            if is_exact {
+                target.exact = Some(*sub);
+            }
+        }
+        target
+    }
+
+    /// seq of the last stored message that this connection was sent on the topic; none if it has just joined.
+    fn last(&self, index: u32, target: &Target, name: &str) -> Option<u64> {
+        if let Some(exact) = target.exact {
+            return Some(self.topics.get(exact.topic).subs[exact.position as usize].last);
+        }
+        self.conns[index as usize].session.as_ref()?.wild_last.as_ref()?.get(name).copied()
+    }
+
+    pub(super) fn set_last(&mut self, index: u32, target: &Target, name: &Arc<str>, seq: u64) {
+        if let Some(exact) = target.exact {
+            let last = &mut self.topics.get_mut(exact.topic).subs[exact.position as usize].last;
+            *last = (*last).max(seq);
+        } else if let Some(session) = &mut self.conns[index as usize].session {
+            let cursors = session.wild_last.get_or_insert_default();
+            if cursors.len() >= WILD_CURSORS_MAX
+                && !cursors.contains_key(name)
+                && let Some(other) = cursors.keys().next().cloned()
+            {
+                cursors.remove(&other);
+            }
+            let last = cursors.entry(name.clone()).or_default();
+            *last = (*last).max(seq);
+        }
+    }
+
+    /// Sends a live message to one connection, or leaves it for later, or leaves it out.
+    pub(super) fn offer(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>) {
+        let Some(conn) = self.conns.get_mut(index as usize) else { return };
+        let Some(session) = &mut conn.session else { return };
+        if conn.is_doomed || (target.options.no_local && delivery.publisher == session.key) {
+            return;
+        }
+        let message = &delivery.message;
+        if target.options.qos == 0 {
+            return self.send_qos0(index, target, delivery, false);
+        }
+        if !message.stored {
+            if let Some(behind) = session.behind_on(&delivery.topic) {
+                // In order: after what is being read.
+                if behind.held.len() < HELD_MAX {
+                    behind.held.push_back(delivery.clone());
+                } else {
+                    self.counts.dropped_slow += 1;
+                }
+            } else {
+                self.send_unstored(index, target, delivery, false);
+            }
+            return;
+        }
+        if let Some(behind) = session.behind_on(&delivery.topic) {
+            behind.target = behind.target.max(message.seq);
+            return;
+        }
+        let last = self.last(index, target, &delivery.topic).unwrap_or(message.prev);
+        if message.seq <= last {
+            return;
+        }
+        if message.prev > last || !self.has_room(index) {
+            self.fall_behind(index, &delivery.topic, last, message.seq, 0);
+            self.pump(index);
+            return;
+        }
+        self.send_stored(index, target, delivery, false);
+    }
+
+    /// Window and outbound bytes allow another delivery.
+    fn has_room(&self, index: u32) -> bool {
+        let conn = &self.conns[index as usize];
+        let Some(session) = &conn.session else { return false };
+        session.in_flight() < session.window.into()
+            && conn.outbound_bytes() < self.config.max_outbound_bytes as usize
+            && !conn.is_doomed
+    }
+
+    /// Sends the next stored message of a topic; the cursor follows when it is acked.
+    fn send_stored(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, dup: bool) {
+        let message = &delivery.message;
+        self.set_last(index, target, &delivery.topic, message.seq);
+        let cursor = Some((delivery.topic.clone(), message.seq));
+        if message.qos.min(target.options.qos.into()) == 0 {
+            self.send_qos0(index, target, delivery, false);
+            self.settle(index, cursor);
+        } else if !self.send_qos1(index, target, delivery, dup, false, cursor.clone()) {
+            // Larger than the device takes: as if it had been acked (MQTT 5.0 §3.1.2.11.4).
+            self.settle(index, cursor);
+        }
+    }
+
+    /// A message with QoS 1 that is in no log, or a retained one.
+    fn send_unstored(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, retain: bool) {
+        if delivery.message.qos.min(target.options.qos.into()) == 0 {
+            return self.send_qos0(index, target, delivery, retain);
+        }
+        let has_room = self.has_room(index);
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let waiting = session.waiting.as_ref().map_or(0, |waiting| waiting.len());
+        if has_room && waiting == 0 {
+            self.send_qos1(index, target, delivery, false, retain, None);
+        } else if waiting < HELD_MAX {
+            let waiting = session.waiting.get_or_insert_default();
+            waiting.push_back(Waiting { delivery: delivery.clone(), target: target.clone(), retain });
+        } else {
+            self.counts.dropped_inflight += 1;
+        }
+    }
+
+    pub(super) fn send_retained(
+        &mut self,
+        index: u32,
+        delivery: &Arc<Delivery>,
+        options: SubOptions,
+        identifier: u32,
+    ) {
+        if delivery.is_expired(self.now_ms) || !self.conns.contains(index as usize) {
+            return;
+        }
+        let mut target = Target { options, ..Target::default() };
+        if identifier != 0 {
+            target.identifiers.push(identifier);
+        }
+        self.send_unstored(index, &target, delivery, true);
+    }
+
+    fn send_qos0(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, retained: bool) {
+        let (round, now) = (self.round, self.now);
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &conn.session else { return };
+        let Some(frame) = delivery.frame(conn.version, target.options.relative) else { return };
+        let retain = retained || (target.options.retain_as_published && delivery.message.retain);
+        if conn.out.as_ref().is_some_and(|out| out.bytes() >= self.config.max_outbound_bytes as usize) {
+            self.counts.dropped_slow += 1;
+            self.apps[session.app_index as usize].1.dropped += 1;
+            return;
+        }
+        let is_plain = !retain && (target.identifiers.is_empty() || conn.version == Version::V4);
+        let app = session.app_index as usize;
+        let max_packet = session.max_packet_bytes as usize;
+        let (length, sent) = if is_plain {
+            let plain = frame.plain_shared();
+            if plain.len() > max_packet {
+                self.counts.dropped_large += 1;
+                return;
+            }
+            (plain.len(), conn.send_shared(plain, round, now))
+        } else {
+            let variation =
+                Variation { retain, subscription_ids: &target.identifiers, ..Variation::default() };
+            if frame.len_with(&variation) > max_packet {
+                self.counts.dropped_large += 1;
+                return;
+            }
+            self.scratch.clear();
+            frame.write(&mut self.scratch, &variation);
+            (self.scratch.len(), conn.send(&self.scratch, round, now))
+        };
+        self.counts.delivered[0] += 1;
+        self.counts.bytes_out += length as u64;
+        self.apps[app].1.delivered += 1;
+        self.after_send(index, sent);
+    }
+
+    /// False: larger than the device takes, and not sent.
+    fn send_qos1(
+        &mut self,
+        index: u32,
+        target: &Target,
+        delivery: &Arc<Delivery>,
+        dup: bool,
+        retained: bool,
+        cursor: Option<(Arc<str>, u64)>,
+    ) -> bool {
+        let (round, now) = (self.round, self.now);
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return false };
+        let Some(frame) = delivery.frame(conn.version, target.options.relative) else { return false };
+        let retain = retained || (target.options.retain_as_published && delivery.message.retain);
+        let identifiers = if conn.version == Version::V5 { target.identifiers.as_slice() } else { &[] };
+        let packet_id = session.take_packet_id();
+        let variation = Variation {
+            qos: QoS::AtLeastOnce,
+            dup,
+            retain,
+            packet_id,
+            subscription_ids: identifiers,
+            ..Variation::default()
+        };
+        if frame.len_with(&variation) > session.max_packet_bytes as usize {
+            self.counts.dropped_large += 1;
+            return false;
+        }
+        let inflight = session.inflight.get_or_insert_default();
+        inflight.flights.push_back(Flight { packet_id, is_acked: false, cursor });
+        self.scratch.clear();
+        frame.write(&mut self.scratch, &variation);
+        self.counts.delivered[1] += 1;
+        self.counts.bytes_out += self.scratch.len() as u64;
+        self.apps[session.app_index as usize].1.delivered += 1;
+        let sent = conn.send(&self.scratch, round, now);
+        self.after_send(index, sent);
+        true
+    }
+
+    /// PUBACK from the device.
+    pub(super) fn acked(&mut self, index: u32, packet_id: u16) {
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        let Some(inflight) = &mut session.inflight else { return };
+        // Devices ack in order, so it is the first; an unknown one is of a message sent on another connection.
+        let Some(flight) = inflight.flights.iter_mut().find(|flight| flight.packet_id == packet_id) else {
+            return;
+        };
+        flight.is_acked = true;
+        self.settle_front(index);
+        self.pump(index);
+    }
+
+    /// Counts a message as acked that needs no PUBACK; the cursor still follows what was sent before it.
+    fn settle(&mut self, index: u32, cursor: Option<(Arc<str>, u64)>) {
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let inflight = session.inflight.get_or_insert_default();
+        inflight.flights.push_back(Flight { packet_id: 0, is_acked: true, cursor });
+        self.settle_front(index);
+    }
+
+    fn settle_front(&mut self, index: u32) {
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let is_kept = session.attachment.is_some();
+        let Some(inflight) = &mut session.inflight else { return };
+        while inflight.flights.front().is_some_and(|flight| flight.is_acked) {
+            let Some(Flight { cursor: Some((topic, seq)), .. }) = inflight.flights.pop_front() else {
+                continue;
+            };
+            if !is_kept && topic::inbox_user(&topic).is_none() {
+                continue;
+            }
+            let positions = self.acks.entry(index).or_default();
+            match positions.iter_mut().find(|(name, _)| *name == topic) {
+                Some((_, position)) => *position = (*position).max(seq),
+                None => positions.push((topic, seq)),
+            }
+        }
+        if inflight.flights.is_empty() {
+            session.inflight = None;
+        }
+    }
+
+    fn fall_behind(&mut self, index: u32, topic: &Arc<str>, after: u64, target: u64, sent: u64) {
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        if let Some(behind) = session.behind_on(topic) {
+            behind.target = behind.target.max(target);
+            return;
+        }
+        session.behind.get_or_insert_default().push(Behind {
+            topic: topic.clone(),
+            after,
+            target,
+            sent,
+            is_reading: false,
+            has_failed: false,
+            queue: VecDeque::new(),
+            held: VecDeque::new(),
+        });
+    }
+
+    /// Sends what waits, as far as there is room, and asks for more of the logs.
+    pub(super) fn pump(&mut self, index: u32) {
+        loop {
+            let Some(conn) = self.conns.get_mut(index as usize) else { return };
+            let Some(session) = &mut conn.session else { return };
+            if session.waiting.is_none() || !self.has_room(index) {
+                break;
+            }
+            let Some(session) = &mut self.conns[index as usize].session else { return };
+            match session.waiting.as_mut().and_then(|waiting| waiting.pop_front()) {
+                Some(Waiting { delivery, target, retain }) => {
+                    self.send_qos1(index, &target, &delivery, false, retain, None);
+                }
+                None => {
+                    session.waiting = None;
+                    break;
+                }
+            }
+        }
+        let mut at = 0;
+        loop {
+            let Some(session) = self.conns.get(index as usize).and_then(|conn| conn.session.as_ref()) else {
+                return;
+            };
+            let Some(behind) = session.behind.as_ref().and_then(|behind| behind.get(at)) else { break };
+            let topic = behind.topic.clone();
+            if self.pump_topic(index, at, &topic) {
+                let Some(session) = &mut self.conns[index as usize].session else { return };
+                let Some(all) = &mut session.behind else { return };
+                let caught_up = all.remove(at);
+                if all.is_empty() {
+                    session.behind = None;
+                }
+                if let Some(target) = self.target(index, &caught_up.topic) {
+                    for delivery in caught_up.held {
+                        self.offer(index, &target, &delivery);
+                    }
+                }
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// True when the topic is caught up with (or nobody wants it any more).
+    fn pump_topic(&mut self, index: u32, at: usize, topic: &Arc<str>) -> bool {
+        let Some(target) = self.target(index, topic).filter(|target| target.options.qos > 0) else {
+            return true;
+        };
+        loop {
+            let has_room = self.has_room(index);
+            let id = self.id(index);
+            let Some(session) = &mut self.conns[index as usize].session else { return false };
+            let room = usize::from(session.window).saturating_sub(session.in_flight());
+            let key = session.key;
+            let Some(behind) = session.behind.as_mut().and_then(|behind| behind.get_mut(at)) else {
+                return true;
+            };
+            if let Some(delivery) = behind.queue.front() {
+                if !has_room {
+                    return false;
+                }
+                let delivery = delivery.clone();
+                behind.queue.pop_front();
+                let (seq, dup) = (delivery.message.seq, delivery.message.seq <= behind.sent);
+                let is_due = self.last(index, &target, topic).is_none_or(|last| seq > last);
+                if delivery.is_expired(self.now_ms) || (target.options.no_local && delivery.publisher == key)
+                {
+                    self.set_last(index, &target, topic, seq);
+                    self.settle(index, Some((topic.clone(), seq)));
+                } else if is_due {
+                    self.send_stored(index, &target, &delivery, dup);
+                }
+                continue;
+            }
+            if behind.is_reading || behind.has_failed {
+                return false;
+            }
+            if behind.after >= behind.target {
+                let after = behind.after;
+                self.set_last(index, &target, topic, after);
+                return true;
+            }
+            if !has_room {
+                return false;
+            }
+            behind.is_reading = true;
+            let after = behind.after;
+            self.link.metrics().log_reads.inc();
+            self.link.read(id, topic.clone(), after, (room as u32).clamp(1, READ_LIMIT));
+            return false;
+        }
+    }
+
+    /// The log's answer.
+    pub(super) fn have_read(
+        &mut self,
+        id: ConnId,
+        topic: &Arc<str>,
+        result: Result<v1::ReadReply, SaverFailure>,
+    ) {
+        let Some(index) = self.find(id) else { return };
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let Some(behind) = session.behind_on(topic) else { return };
+        behind.is_reading = false;
+        match result {
+            Ok(reply) => {
+                let head = reply.head.as_ref().map_or(0, |head| head.seq);
+                behind.after = behind.after.max(reply.next);
+                if reply.messages.is_empty() && behind.after >= head {
+                    // The end of the log: what we were told of beyond it has been trimmed away.
+                    behind.after = behind.after.max(behind.target);
+                } else {
+                    behind.target = behind.target.max(head);
+                }
+                behind
+                    .queue
+                    .extend(reply.messages.into_iter().map(|message| Arc::new(Delivery::new(message))));
+                self.pump(index);
+            }
+            Err(error) => {
+                tracing::debug!(%topic, %error, "log could not be read, trying again");
+                behind.has_failed = true;
+                self.retry.push((id.index, id.generation));
+            }
+        }
+    }
+
+    pub(super) fn retry_behind(&mut self, index: u32) {
+        if let Some(session) = &mut self.conns[index as usize].session {
+            for behind in session.behind.iter_mut().flat_map(|behind| behind.iter_mut()) {
+                behind.has_failed = false;
+            }
+            self.pump(index);
+        }
+    }
+
+    /// A new subscription catches up with what its log has for it.
+    pub(super) fn catch_up_after(
+        &mut self,
+        index: u32,
+        topic: TopicId,
+        options: SubOptions,
+        granted: &Granted,
+    ) {
+        if options.qos == 0 || !self.conns.contains(index as usize) {
+            return;
+        }
+        let name = self.topics.get(topic).name.clone();
+        if self.topics.get(topic).is_wild() {
+            for backlog in &granted.backlog {
+                let name: Arc<str> = backlog.topic.as_str().into();
+                if let Some(target) = self.target(index, &name)
+                    && target.exact.is_none()
+                {
+                    self.set_last(index, &target, &name, backlog.after);
+                    self.fall_behind(index, &name, backlog.after, backlog.head, backlog.sent);
+                }
+            }
+            return;
+        }
+        let Some(target) = self.target(index, &name) else { return };
+        let last = self.last(index, &target, &name).unwrap_or(granted.position);
+        let head = self.link.routes().last(&name);
+        if head > last {
+            self.fall_behind(index, &name, last, head, granted.sent);
+        }
+    }
+
+    /// The owner has come back, and the log has grown meanwhile.
+    pub(super) fn topic_is_behind(&mut self, name: &Arc<str>, head: u64) {
+        let Some(topic) = self.topics.find(name) else { return };
+        for conn in self.receivers(Some(topic), &[]) {
+            let Some(target) = self.target(conn, name) else { continue };
+            let last = self.last(conn, &target, name).unwrap_or(head);
+            if target.options.qos > 0 && last < head {
+                self.fall_behind(conn, name, last, head, 0);
+                self.pump(conn);
+            }
+        }
+    }
+}

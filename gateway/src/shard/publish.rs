@@ -1,0 +1,184 @@
+//! PUBLISH from a device: checked, forwarded to the topic's owner, answered when the owner has accepted it.
+
+use bytes::Bytes;
+use carillon_proto::{topic, v1};
+
+use super::Shard;
+use super::close::Reason;
+use super::conn::PendingPublish;
+use crate::auth;
+use crate::codec::{self, Publish, PublishProperties, QoS, Version, reason};
+use crate::event::{ConnId, Event, PublishOutcome};
+
+/// Publishes of one device under way before it is not read from any more.
+const PUBLISHING_MAX: usize = 1000;
+
+impl Shard {
+    pub(super) fn publish(&mut self, index: u32, publish: &Publish<'_>) {
+        let protocol_error = |reason: u8, text: &str| Reason::ProtocolError { reason, text: text.to_owned() };
+        self.counts.published[usize::from(publish.qos.level())] += 1;
+        if publish.qos == QoS::ExactlyOnce {
+            let why = protocol_error(reason::QOS_NOT_SUPPORTED, "QoS 2 is not supported (Maximum QoS is 1)");
+            return self.close(index, why);
+        }
+        if publish.props.topic_alias.is_some() {
+            let why = protocol_error(
+                reason::TOPIC_ALIAS_INVALID,
+                "no topic alias was offered (Topic Alias Maximum is 0)",
+            );
+            return self.close(index, why);
+        }
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        self.apps[session.app_index as usize].1.published += 1;
+        let unanswered = session.publishing.as_ref().map_or(0, |publishing| publishing.queue.len());
+        if publish.qos == QoS::AtLeastOnce && conn.version == Version::V5 {
+            let waiting =
+                session.publishing.iter().flat_map(|p| &p.queue).filter(|p| p.packet_id != 0).count();
+            if waiting >= self.config.receive_maximum.into() {
+                let text =
+                    format!("more than {} QoS 1 publishes without an answer", self.config.receive_maximum);
+                return self.close(index, protocol_error(reason::RECEIVE_MAXIMUM_EXCEEDED, &text));
+            }
+        }
+        let apps = self.shared.apps.load();
+        let allowed = (publish.topic.len() <= self.config.max_topic_bytes.into())
+            .then(|| auth::resolve(&session.app, session.is_root, publish.topic))
+            .flatten()
+            .filter(|(full, _)| {
+                apps.get(&*session.app).is_some_and(|app| {
+                    auth::may_publish(app, session.rights.as_deref(), &session.user, auth::below(full))
+                })
+            });
+        let refused = match &allowed {
+            None => Some(reason::NOT_AUTHORIZED),
+            Some((full, _)) if topic::check_name(full).is_err() => Some(reason::TOPIC_NAME_INVALID),
+            Some(_) if !publish.payload_is_as_declared() => Some(reason::PAYLOAD_FORMAT_INVALID),
+            Some(_) => None,
+        };
+        let publishing = session.publishing.get_or_insert_default();
+        let ticket = publishing.first_ticket + publishing.queue.len() as u64;
+        publishing
+            .queue
+            .push_back(PendingPublish { packet_id: publish.packet_id.unwrap_or(0), reason: refused });
+        if let (Some((full, _)), None) = (allowed, refused) {
+            let publisher = session.session_ref();
+            let message = message(
+                full,
+                publish.payload,
+                publish.qos,
+                publish.retain,
+                &publish.props,
+                &session.app,
+                session.is_root,
+                publisher,
+                self.now_ms,
+            );
+            // Backpressure: the device is read again when the owners have caught up with it.
+            if unanswered >= PUBLISHING_MAX {
+                conn.is_paused = true;
+            }
+            let id = self.id(index);
+            let shard = self.link.shard(self.index).clone();
+            self.link
+                .publish(message, move |outcome| shard.post(Event::Published { conn: id, ticket, outcome }));
+        } else {
+            self.answer_publishes(index);
+        }
+    }
+
+    pub(super) fn published(&mut self, id: ConnId, ticket: u64, outcome: PublishOutcome) {
+        let Some(index) = self.find(id) else { return };
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let Some(publishing) = &mut session.publishing else { return };
+        let Some(place) = ticket.checked_sub(publishing.first_ticket) else { return };
+        if let Some(pending) = publishing.queue.get_mut(place as usize) {
+            pending.reason = Some(outcome.reason);
+        }
+        self.answer_publishes(index);
+    }
+
+    /// Answers what can be answered, in the order it was sent (MQTT 5.0 §4.6).
+    fn answer_publishes(&mut self, index: u32) {
+        let conn = &mut self.conns[index as usize];
+        let version = conn.version;
+        let Some(session) = &mut conn.session else { return };
+        let Some(publishing) = &mut session.publishing else { return };
+        self.scratch.clear();
+        while let Some(&PendingPublish { packet_id, reason: Some(code) }) = publishing.queue.front() {
+            publishing.queue.pop_front();
+            publishing.first_ticket += 1;
+            if packet_id == 0 {
+                continue;
+            }
+            if version == Version::V4 && code >= 0x80 && code != reason::NOT_AUTHORIZED {
+                // 3.1.1 has no way to say no. What may work later is tried again by the device when it is back; what
+                // it is not allowed to is acked, and dropped (3.1.1 §3.3.5).
+                return self.close(index, Reason::PublishFailed);
+            }
+            codec::puback(&mut self.scratch, version, packet_id, code, None);
+        }
+        let left = publishing.queue.len();
+        if left == 0 && publishing.queue.capacity() > 64 {
+            publishing.queue.shrink_to_fit();
+        }
+        let is_waiting =
+            session.pending.is_some() || session.unsubscribing.is_some() || session.opening.is_some();
+        let resumes = conn.is_paused && !is_waiting && left < PUBLISHING_MAX / 2;
+        if !self.scratch.is_empty() {
+            self.reply(index);
+        }
+        if resumes {
+            self.resume(index);
+        }
+    }
+}
+
+/// A device's message in the shape that crosses the wire.
+#[allow(clippy::too_many_arguments)] // from two packets, PUBLISH and CONNECT's will
+pub(super) fn message(
+    topic: String,
+    payload: &[u8],
+    qos: QoS,
+    retain: bool,
+    properties: &PublishProperties<'_>,
+    app: &str,
+    is_root: bool,
+    publisher: v1::SessionRef,
+    now_ms: u64,
+) -> v1::Message {
+    let has_properties = properties.payload_format.is_some()
+        || properties.content_type.is_some()
+        || properties.response_topic.is_some()
+        || properties.correlation_data.is_some()
+        || properties.user_properties.iter().next().is_some();
+    // A response topic is a topic of the same device: made full, so that whoever answers need not know its app.
+    let response_topic = properties
+        .response_topic
+        .and_then(|written| auth::resolve(app, is_root, written))
+        .map(|(full, _)| full)
+        .unwrap_or_default();
+    v1::Message {
+        topic,
+        payload: Bytes::copy_from_slice(payload),
+        qos: qos.level().into(),
+        retain,
+        // What is accepted at least once must be told from its second try.
+        id: if qos == QoS::AtMostOnce { String::new() } else { uuid::Uuid::now_v7().to_string() },
+        published_ms: now_ms,
+        expires_ms: properties.message_expiry.map_or(0, |seconds| now_ms + u64::from(seconds) * 1000),
+        properties: has_properties.then(|| v1::Properties {
+            payload_is_utf8: properties.payload_format == Some(true),
+            content_type: properties.content_type.unwrap_or_default().to_owned(),
+            response_topic,
+            correlation_data: properties.correlation_data.map(Bytes::copy_from_slice).unwrap_or_default(),
+            user: properties
+                .user_properties
+                .iter()
+                .map(|(key, value)| v1::UserProperty { key: key.to_owned(), value: value.to_owned() })
+                .collect(),
+        }),
+        publisher: Some(publisher),
+        ..v1::Message::default()
+    }
+}

@@ -1,0 +1,293 @@
+//! SUBSCRIBE and UNSUBSCRIBE. While one is under way nothing more is read from the connection, so that packets take
+//! effect in the order they were sent.
+
+use carillon_proto::{topic, v1};
+
+use super::Shard;
+use super::conn::{Conn, PendingEntry, PendingSubscribe};
+use super::topics::{Sub, SubOptions, SubRef, TopicId};
+use crate::auth;
+use crate::codec::{self, RetainHandling, Subscribe, SubscribeOptions, Unsubscribe, reason};
+use crate::event::{ConnId, Granted};
+use crate::link::Wanted;
+
+/// Says why a filter is refused; 3.1.1 devices get 0x80 for all.
+struct Refused(u8);
+
+impl Shard {
+    pub(super) fn subscribe(&mut self, index: u32, subscribe: &Subscribe<'_>) {
+        let mut entries = Vec::with_capacity(subscribe.filters.len());
+        let mut wanted = Vec::new();
+        let identifier = subscribe.subscription_id.unwrap_or(0);
+        for (filter, options) in subscribe.filters {
+            match self.may_subscribe(index, filter, wanted.len()) {
+                Ok((full, relative)) => {
+                    let options_kept = SubOptions {
+                        qos: options.qos.level().min(1),
+                        no_local: options.no_local,
+                        retain_as_published: options.retain_as_published,
+                        relative,
+                    };
+                    let handling = retain_handling(options);
+                    entries.push(self.want(index, &full, options_kept, identifier, handling, &mut wanted));
+                }
+                Err(Refused(code)) => entries.push(PendingEntry::Refused(code)),
+            }
+        }
+        self.ask(index, PendingSubscribe { packet_id: subscribe.packet_id, entries }, wanted);
+    }
+
+    /// The subscriptions of a kept session, before its CONNECT is answered.
+    pub(super) fn restore_subscriptions(&mut self, index: u32, subscriptions: Vec<v1::Subscription>) {
+        let mut entries = Vec::with_capacity(subscriptions.len());
+        let mut wanted = Vec::new();
+        for subscription in subscriptions {
+            let options = SubOptions {
+                qos: subscription.qos.min(1) as u8,
+                no_local: subscription.no_local,
+                retain_as_published: subscription.retain_as_published,
+                relative: subscription.relative,
+            };
+            let identifier = subscription.identifier;
+            entries.push(self.want(index, &subscription.filter, options, identifier, 2, &mut wanted));
+        }
+        self.ask(index, PendingSubscribe { packet_id: 0, entries }, wanted);
+    }
+
+    fn may_subscribe(&self, index: u32, filter: &str, more: usize) -> Result<(String, bool), Refused> {
+        let conn = &self.conns[index as usize];
+        let Some(session) = &conn.session else { return Err(Refused(reason::UNSPECIFIED_ERROR)) };
+        if filter.starts_with("$share/") {
+            return Err(Refused(reason::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED));
+        }
+        if filter.len() > self.config.max_topic_bytes.into() {
+            return Err(Refused(reason::TOPIC_FILTER_INVALID));
+        }
+        let Some((full, relative)) = auth::resolve(&session.app, session.is_root, filter) else {
+            return Err(Refused(reason::NOT_AUTHORIZED));
+        };
+        if topic::check_filter(&full).is_err() {
+            return Err(Refused(reason::TOPIC_FILTER_INVALID));
+        }
+        let apps = self.shared.apps.load();
+        let allowed = apps.get(&*session.app).is_some_and(|app| {
+            auth::may_subscribe(app, session.rights.as_deref(), &session.user, auth::below(&full))
+        });
+        if !allowed {
+            return Err(Refused(reason::NOT_AUTHORIZED));
+        }
+        if conn.subs.len() + more >= self.config.max_subscriptions as usize
+            && self.subscription(conn, &full).is_none()
+        {
+            return Err(Refused(reason::QUOTA_EXCEEDED));
+        }
+        Ok((full, relative))
+    }
+
+    fn subscription(&self, conn: &Conn, full: &str) -> Option<SubRef> {
+        let id = self.topics.find(full)?;
+        conn.subs.iter().find(|sub| sub.topic == id).copied()
+    }
+
+    fn want(
+        &mut self,
+        index: u32,
+        full: &str,
+        options: SubOptions,
+        identifier: u32,
+        retain_handling: u8,
+        wanted: &mut Vec<Wanted>,
+    ) -> PendingEntry {
+        let existed = self.subscription(&self.conns[index as usize], full).is_some();
+        let (topic, name) = self.topics.hold(full);
+        let joined = self.link.join(&name, self.index);
+        let subscription = v1::Subscription {
+            filter: full.to_owned(),
+            qos: options.qos.into(),
+            no_local: options.no_local,
+            retain_as_published: options.retain_as_published,
+            identifier,
+            relative: options.relative,
+        };
+        wanted.push(Wanted { filter: name, subscription, joined, retain_handling, existed });
+        PendingEntry::Wanted { topic, options, identifier }
+    }
+
+    fn ask(&mut self, index: u32, pending: PendingSubscribe, wanted: Vec<Wanted>) {
+        let id = self.id(index);
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        let packet_id = pending.packet_id;
+        session.pending = Some(Box::new(pending));
+        conn.is_paused = true;
+        let kept = session.attachment.map(|attachment| (session.session_ref(), attachment));
+        if wanted.is_empty() {
+            self.subscribed(id, packet_id, Vec::new());
+        } else {
+            self.link.subscribe(id, packet_id, kept, wanted);
+        }
+    }
+
+    /// Gives back what a SUBSCRIBE under way held.
+    pub(super) fn release_pending(&mut self, pending: &PendingSubscribe) {
+        for entry in &pending.entries {
+            if let PendingEntry::Wanted { topic, .. } = entry {
+                self.release(*topic);
+            }
+        }
+    }
+
+    fn release(&mut self, topic: TopicId) {
+        if let Some(name) = self.topics.release(topic) {
+            self.link.leave(&name, self.index);
+        }
+    }
+
+    pub(super) fn subscribed(&mut self, id: ConnId, packet_id: u16, outcomes: Vec<Result<Granted, u8>>) {
+        // A connection that is gone has given back its holds when it went.
+        let Some(index) = self.find(id) else { return };
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let Some(pending) = session.pending.take() else { return };
+        let mut outcomes = outcomes.into_iter();
+        let mut codes = Vec::with_capacity(pending.entries.len());
+        let mut installed = Vec::new();
+        for entry in &pending.entries {
+            match *entry {
+                PendingEntry::Refused(code) => codes.push(code),
+                PendingEntry::Wanted { topic, options, identifier } => {
+                    match outcomes.next().unwrap_or(Err(reason::UNSPECIFIED_ERROR)) {
+                        Ok(granted) => {
+                            self.install(index, topic, options, identifier, &granted);
+                            codes.push(options.qos);
+                            installed.push((topic, options, identifier, granted));
+                        }
+                        Err(code) => codes.push(code),
+                    }
+                    self.release(topic);
+                }
+            }
+        }
+        if packet_id == 0 {
+            // Reads on if the CONNECT was waiting for this.
+            self.conns[index as usize].is_paused = false;
+            self.accept_connect(index);
+        } else {
+            self.scratch.clear();
+            let version = self.conns[index as usize].version;
+            codec::suback(&mut self.scratch, version, packet_id, &codes);
+            self.reply(index);
+        }
+        for (topic, options, identifier, granted) in installed {
+            for delivery in &granted.retained {
+                self.send_retained(index, delivery, options, identifier);
+            }
+            self.catch_up_after(index, topic, options, &granted);
+        }
+        self.pump(index);
+        if self.conns.get(index as usize).is_some_and(|conn| conn.generation == id.generation) {
+            self.resume(index);
+        }
+    }
+
+    fn install(
+        &mut self,
+        index: u32,
+        topic: TopicId,
+        options: SubOptions,
+        identifier: u32,
+        granted: &Granted,
+    ) {
+        let conn = &mut self.conns[index as usize];
+        if let Some(sub) = conn.subs.iter().find(|sub| sub.topic == topic) {
+            let sub = &mut self.topics.get_mut(topic).subs[sub.position as usize];
+            (sub.options, sub.identifier) = (options, identifier);
+            return;
+        }
+        let name = self.topics.get(topic).name.clone();
+        let is_kept = conn.session.as_ref().is_some_and(|session| session.attachment.is_some());
+        // What came by while the SUBSCRIBE was under way is due to a kept session and to an inbox; for another
+        // subscription it was before its time.
+        let joins_now = !is_kept && topic::inbox_user(&name).is_none();
+        let last =
+            if joins_now { self.link.routes().last(&name).max(granted.position) } else { granted.position };
+        let sub = self.topics.subscribe(topic, Sub { conn: index, identifier, last, options });
+        conn.subs.push(sub);
+        self.link.metrics().subscriptions.inc();
+    }
+
+    pub(super) fn unsubscribe(&mut self, index: u32, unsubscribe: &Unsubscribe<'_>) {
+        let mut codes = Vec::with_capacity(unsubscribe.filters.len());
+        let mut removed = Vec::new();
+        for filter in unsubscribe.filters {
+            let conn = &self.conns[index as usize];
+            let Some(session) = &conn.session else { return };
+            let full = auth::resolve(&session.app, session.is_root, filter).map(|(full, _)| full);
+            match full.and_then(|full| self.subscription(conn, &full).map(|sub| (full, sub))) {
+                Some((full, sub)) => {
+                    self.conns[index as usize].subs.retain(|other| *other != sub);
+                    self.drop_subscription(sub);
+                    self.link.metrics().subscriptions.dec();
+                    removed.push(full);
+                    codes.push(reason::SUCCESS);
+                }
+                None => codes.push(reason::NO_SUBSCRIPTION_EXISTED),
+            }
+        }
+        let id = self.id(index);
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        session.unsubscribing = Some(Box::new(codes));
+        match session.attachment {
+            Some(attachment) if !removed.is_empty() => {
+                conn.is_paused = true;
+                let session = Some(session.session_ref());
+                let unsubscribe_kept = v1::Unsubscribe { session, attachment, filters: removed };
+                self.link.unsubscribe(id, unsubscribe.packet_id, unsubscribe_kept);
+            }
+            _ => self.unsubscribed(id, unsubscribe.packet_id, true),
+        }
+    }
+
+    pub(super) fn unsubscribed(&mut self, id: ConnId, packet_id: u16, kept: bool) {
+        let Some(index) = self.find(id) else { return };
+        let conn = &mut self.conns[index as usize];
+        let Some(mut codes) = conn.session.as_mut().and_then(|session| session.unsubscribing.take()) else {
+            return;
+        };
+        if !kept {
+            for code in codes.iter_mut().filter(|code| **code == reason::SUCCESS) {
+                *code = reason::UNSPECIFIED_ERROR;
+            }
+        }
+        self.scratch.clear();
+        codec::unsuback(&mut self.scratch, conn.version, packet_id, &codes);
+        let was_paused = conn.is_paused;
+        self.reply(index);
+        if was_paused {
+            self.resume(index);
+        }
+    }
+
+    /// Takes a subscription out of its topic's list; the connection's own list is the caller's.
+    pub(super) fn drop_subscription(&mut self, sub: SubRef) {
+        let (moved, gone) = self.topics.unsubscribe(sub);
+        if let Some(moved) = moved
+            && let Some(conn) = self.conns.get_mut(moved.conn as usize)
+            && let Some(there) =
+                conn.subs.iter_mut().find(|sub| sub.topic == moved.topic && sub.position == moved.from)
+        {
+            there.position = moved.to;
+        }
+        if let Some(name) = gone {
+            self.link.leave(&name, self.index);
+        }
+    }
+}
+
+fn retain_handling(options: SubscribeOptions) -> u8 {
+    match options.retain_handling {
+        RetainHandling::Send => 0,
+        RetainHandling::SendIfNew => 1,
+        RetainHandling::DoNotSend => 2,
+    }
+}
