@@ -1,0 +1,571 @@
+//! The API for backends: push, broadcast, look up, kick, pull. One core of plain methods; HTTP+JSON and gRPC are
+//! thin skins over it.
+
+mod auth;
+mod batch;
+pub mod body;
+mod cluster;
+mod grpc;
+pub(crate) mod http;
+pub mod metrics;
+pub mod openapi;
+mod overview;
+mod rate;
+pub mod routes;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use carillon_agent::Live;
+use carillon_agent::app::App;
+use carillon_proto::{now_ms, topic, v1};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+pub use auth::Caller;
+pub use cluster::{Cluster, ClusterError};
+pub use overview::{GatewayNumbers, Numbers, Overview};
+
+use crate::problem::{Kind, Problem};
+
+/// Limits of the center. Sizes in bytes, of one instance.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Body of a request that is not a batch.
+    pub max_body_bytes: usize,
+    /// Body of a batch.
+    pub max_batch_bytes: usize,
+    /// One line of a batch.
+    pub max_line_bytes: usize,
+    /// Lines of a batch.
+    pub max_batch_lines: usize,
+    /// Pushes of one batch or stream that may be unanswered, and the bytes of their payloads.
+    pub batch_in_flight: usize,
+    pub batch_in_flight_bytes: usize,
+    /// Batches and push streams at the same time.
+    pub max_batches: usize,
+    /// Other HTTP requests at the same time, and the bytes their bodies may take together.
+    pub max_requests: usize,
+    pub max_bodies_bytes: usize,
+    /// For the whole body of a request; of a batch, for the next part of it.
+    pub body_timeout: Duration,
+    /// For a whole request that is not a batch.
+    pub request_timeout: Duration,
+    /// How long a line of a batch waits for its app's rate before it is refused.
+    pub rate_wait: Duration,
+    /// How old the numbers of an overview may be.
+    pub overview_age: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            max_body_bytes: 1024 * 1024,
+            max_batch_bytes: 64 * 1024 * 1024,
+            max_line_bytes: 256 * 1024,
+            max_batch_lines: 100_000,
+            batch_in_flight: 1024,
+            batch_in_flight_bytes: 8 * 1024 * 1024,
+            max_batches: 64,
+            max_requests: 4096,
+            max_bodies_bytes: 256 * 1024 * 1024,
+            body_timeout: Duration::from_secs(15),
+            request_timeout: Duration::from_secs(45),
+            rate_wait: Duration::from_secs(10),
+            overview_age: Duration::from_millis(500),
+        }
+    }
+}
+
+/// What the center is built from.
+pub struct Deps {
+    /// The apps, by name: their keys and limits.
+    pub apps: Live<BTreeMap<String, Arc<App>>>,
+    pub cluster: Arc<dyn Cluster>,
+    pub metrics: metrics::Metrics,
+    pub options: Options,
+}
+
+/// A handle; clones share everything.
+#[derive(Clone)]
+pub struct Center {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    apps: Live<BTreeMap<String, Arc<App>>>,
+    cluster: Arc<dyn Cluster>,
+    metrics: metrics::Metrics,
+    options: Options,
+    rates: rate::Rates,
+    overview: tokio::sync::Mutex<overview::Sampler>,
+    requests: Arc<Semaphore>,
+    /// In KiB, because a semaphore's permits are u32.
+    bodies_kib: Arc<Semaphore>,
+    batches: Arc<Semaphore>,
+}
+
+/// Who a message is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum To {
+    User(String),
+    Group(String),
+    /// In full, or without the app's level.
+    Topic(String),
+}
+
+/// A message to push, as a backend asked for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Push {
+    pub to: To,
+    pub payload: Bytes,
+    /// Default 1.
+    pub qos: Option<u64>,
+    /// 0 = the topic's retention.
+    pub ttl_seconds: u32,
+    pub store: Option<bool>,
+    pub id: Option<String>,
+    pub retain: bool,
+    pub properties: v1::Properties,
+}
+
+/// A broadcast to start, as a backend asked for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Broadcast {
+    pub payload: Bytes,
+    pub qos: Option<u64>,
+    pub ttl_seconds: u32,
+    pub store: Option<bool>,
+    pub id: Option<String>,
+    /// 0 = the app's default.
+    pub rate_per_second: f64,
+    pub properties: v1::Properties,
+}
+
+/// A message that was accepted, and durable if it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accepted {
+    pub id: String,
+    pub topic: String,
+    pub epoch: u64,
+    pub seq: u64,
+    pub duplicate: bool,
+}
+
+/// Longest id that a caller may give, bytes.
+const MAX_ID_BYTES: usize = 128;
+/// Most user properties of a message.
+const MAX_USER_PROPERTIES: usize = 64;
+/// All properties of a message together, bytes.
+const MAX_PROPERTIES_BYTES: usize = 16 * 1024;
+/// Messages in one answer to a pull, and how many when the caller does not say.
+pub const MAX_PULL: u32 = 1000;
+pub const DEFAULT_PULL: u32 = 100;
+/// Payload bytes in one answer to a pull, beyond its first message.
+const MAX_PULL_BYTES: u32 = 4 * 1024 * 1024;
+/// Highest rate of a broadcast that can be asked for, per second.
+const MAX_BROADCAST_RATE: f64 = 1e9;
+/// Longest client id that can be asked for, bytes (MQTT 5.0 §1.5.4).
+const MAX_DEVICE_BYTES: usize = 65_535;
+
+impl Center {
+    pub fn new(deps: Deps) -> Self {
+        let Deps { apps, cluster, metrics, options } = deps;
+        Center {
+            inner: Arc::new(Inner {
+                apps,
+                cluster,
+                metrics,
+                rates: rate::Rates::default(),
+                overview: tokio::sync::Mutex::default(),
+                requests: Arc::new(Semaphore::new(options.max_requests)),
+                bodies_kib: Arc::new(Semaphore::new((options.max_bodies_bytes / 1024).max(1))),
+                batches: Arc::new(Semaphore::new(options.max_batches)),
+                options,
+            }),
+        }
+    }
+
+    /// Everything under `/v1` (but the dispatcher's route) and the gRPC service, so that one port serves both. It has no
+    /// fallback, so that it can be merged with other routers.
+    pub fn http_router(&self) -> axum::Router {
+        http::router(self.clone())
+    }
+
+    /// The gRPC service `carillon.v1.Center`.
+    pub fn grpc_service(&self) -> v1::center_server::CenterServer<grpc::Grpc> {
+        v1::center_server::CenterServer::new(grpc::Grpc::new(self.clone()))
+            .max_decoding_message_size(carillon_proto::MAX_GRPC_MESSAGE_BYTES)
+            .max_encoding_message_size(carillon_proto::MAX_GRPC_MESSAGE_BYTES)
+    }
+
+    /// Who holds this key, and may they speak for `app`?
+    pub fn authorise(&self, app: &str, key: Option<&str>) -> Result<Caller, Problem> {
+        let apps = self.inner.apps.borrow().clone();
+        auth::authorise(&apps, app, key)
+    }
+
+    /// Publishes a message: it is queued when this returns, so pushes to one topic keep their order; the future gives
+    /// the owner's answer. Dropping it does not take the message back.
+    pub fn push(
+        &self,
+        caller: &Caller,
+        push: Push,
+    ) -> Result<impl Future<Output = Result<Accepted, Problem>> + Send + use<>, Problem> {
+        let result = self.check_push(caller, push).and_then(|request| {
+            self.take_rate(caller)?;
+            Ok(request)
+        });
+        let (request, accepted) = match result {
+            Ok(request) => request,
+            Err(problem) => {
+                self.inner.metrics.push(problem.kind.entry().slug);
+                return Err(problem);
+            }
+        };
+        let answer = self.inner.cluster.publish(request);
+        let metrics = self.inner.metrics.clone();
+        Ok(async move {
+            let result = match answer.await {
+                Ok(published) => match published_as(&published) {
+                    Ok(()) => Ok(Accepted {
+                        epoch: published.epoch,
+                        seq: published.seq,
+                        duplicate: published.duplicate,
+                        ..accepted
+                    }),
+                    Err(problem) => Err(problem),
+                },
+                Err(error) => Err(from_cluster(error)),
+            };
+            metrics.push(match &result {
+                Ok(accepted) if accepted.duplicate => "duplicate",
+                Ok(_) => "accepted",
+                Err(problem) => problem.kind.entry().slug,
+            });
+            result
+        })
+    }
+
+    /// Waits until the app's rate allows a push; at most as long as a line of a batch may.
+    async fn wait_for_rate(&self, caller: &Caller) {
+        let rate = caller.app.limits.push_rate_per_second;
+        let deadline = Instant::now() + self.inner.options.rate_wait;
+        while let Err(wait) = self.inner.rates.peek(&caller.name, rate, Instant::now()) {
+            let now = Instant::now();
+            if now + wait > deadline {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    fn take_rate(&self, caller: &Caller) -> Result<(), Problem> {
+        let rate = caller.app.limits.push_rate_per_second;
+        self.inner.rates.take(&caller.name, rate, Instant::now()).map_err(|wait| Problem {
+            retry_after_seconds: Some(wait.as_secs_f64().ceil().max(1.0) as u64),
+            ..Problem::new(
+                Kind::TooManyRequests,
+                format!(
+                    "app `{}` may make {rate} pushes per second (limits.push_rate_per_second)",
+                    caller.name
+                ),
+            )
+        })
+    }
+
+    fn check_push(&self, caller: &Caller, push: Push) -> Result<(v1::PublishRequest, Accepted), Problem> {
+        let Push { to, payload, qos, ttl_seconds, store, id, retain, properties } = push;
+        let app = &caller.name;
+        let full = match to {
+            To::User(user) => {
+                topic::check_user(&user).map_err(|error| Problem::field("user", error))?;
+                topic::inbox(app, &user)
+            }
+            To::Group(group) => {
+                topic::check_user(&group).map_err(|error| Problem::field("group", error))?;
+                topic::group(app, &group)
+            }
+            To::Topic(name) => full_topic(app, &name)?,
+        };
+        let idempotent = id.is_some();
+        let message = message(caller, full, payload, qos, ttl_seconds, id, retain, properties)?;
+        let accepted = Accepted {
+            id: message.id.clone(),
+            topic: message.topic.clone(),
+            epoch: 0,
+            seq: 0,
+            duplicate: false,
+        };
+        Ok((v1::PublishRequest { correlation: 0, message: Some(message), store, idempotent }, accepted))
+    }
+
+    /// Starts a broadcast to everyone in the caller's app.
+    pub async fn start_broadcast(
+        &self,
+        caller: &Caller,
+        broadcast: Broadcast,
+    ) -> Result<v1::BroadcastJob, Problem> {
+        let Broadcast { payload, qos, ttl_seconds, store, id, rate_per_second, properties } = broadcast;
+        if !(0.0..=MAX_BROADCAST_RATE).contains(&rate_per_second) {
+            return Err(Problem::field("rate_per_second", format!("must be from 0 to {MAX_BROADCAST_RATE}")));
+        }
+        let idempotent = id.is_some();
+        let everyone = topic::everyone(&caller.name);
+        let message = message(caller, everyone, payload, qos, ttl_seconds, id, false, properties)?;
+        self.take_rate(caller)?;
+        let request =
+            v1::StartBroadcastRequest { message: Some(message), store, idempotent, rate_per_second };
+        self.inner.cluster.start_broadcast(request).await.map_err(from_cluster)
+    }
+
+    pub async fn broadcast(&self, caller: &Caller, job: &str) -> Result<v1::BroadcastJob, Problem> {
+        check_id(job)?;
+        let request = v1::GetBroadcastRequest { app: caller.name.clone(), job: job.to_owned() };
+        self.inner.cluster.get_broadcast(request).await.map_err(from_cluster)
+    }
+
+    /// Runs, pauses or cancels a broadcast.
+    pub async fn control_broadcast(
+        &self,
+        caller: &Caller,
+        job: &str,
+        state: v1::broadcast_control::State,
+    ) -> Result<v1::BroadcastJob, Problem> {
+        check_id(job)?;
+        if state == v1::broadcast_control::State::Unspecified {
+            return Err(Problem::field("state", "must be RUN, PAUSE or CANCEL"));
+        }
+        let request = v1::ControlBroadcastRequest {
+            app: caller.name.clone(),
+            job: job.to_owned(),
+            state: state.into(),
+        };
+        self.inner.cluster.control_broadcast(request).await.map_err(from_cluster)
+    }
+
+    /// The sessions of a user that are online.
+    pub async fn user(&self, caller: &Caller, user: &str) -> Result<v1::SessionsReply, Problem> {
+        topic::check_user(user).map_err(|error| Problem::field("user", error))?;
+        let request = v1::SessionsRequest { app: caller.name.clone(), user: user.to_owned() };
+        let mut reply = self.inner.cluster.sessions(request).await.map_err(from_cluster)?;
+        reply.sessions.sort_by_key(|session| session.since_ms);
+        Ok(reply)
+    }
+
+    /// Disconnects the sessions of a user, or the one of `device`.
+    pub async fn kick(&self, caller: &Caller, user: &str, device: Option<&str>) -> Result<u32, Problem> {
+        topic::check_user(user).map_err(|error| Problem::field("user", error))?;
+        if let Some(device) = device {
+            check_device(device)?;
+        }
+        let request = v1::KickRequest {
+            app: caller.name.clone(),
+            user: user.to_owned(),
+            client_id: device.unwrap_or_default().to_owned(),
+        };
+        Ok(self.inner.cluster.kick(request).await.map_err(from_cluster)?.kicked)
+    }
+
+    /// Reads a topic's log after a position, "{epoch}:{seq}"; from its beginning when that is not given.
+    pub async fn pull(
+        &self,
+        caller: &Caller,
+        name: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<v1::PullReply, Problem> {
+        let full = full_topic(&caller.name, name)?;
+        let (after_epoch, after) = match after {
+            Some(text) => parse_position(text)?,
+            None => (0, 0),
+        };
+        if !(1..=MAX_PULL).contains(&limit) {
+            return Err(Problem::field("limit", format!("must be from 1 to {MAX_PULL}")));
+        }
+        let request = v1::Read { topic: full, after, limit, max_bytes: MAX_PULL_BYTES };
+        let reply = self.inner.cluster.read(request).await.map_err(from_cluster)?;
+        let head = reply.head.unwrap_or_default();
+        // seq alone says where; the epoch is told so that a position reads as messages do.
+        let epoch = match reply.messages.last() {
+            Some(last) => last.epoch,
+            None if reply.next >= head.seq && head.epoch != 0 => head.epoch,
+            None => after_epoch,
+        };
+        Ok(v1::PullReply {
+            next: format!("{epoch}:{}", reply.next),
+            more: reply.next < head.seq,
+            messages: reply.messages,
+        })
+    }
+
+    /// Live numbers of the caller's app.
+    pub async fn overview(&self, caller: &Caller) -> Result<Overview, Problem> {
+        // One question at a time, however many consoles are open; the others wait for its answer.
+        let mut sampler = self.inner.overview.lock().await;
+        let fresh = sampler.sampled.is_some_and(|at| at.elapsed() < self.inner.options.overview_age);
+        if !fresh {
+            let reports = self.inner.cluster.overview().await.map_err(from_cluster)?;
+            sampler.take(Instant::now(), reports);
+        }
+        Ok(sampler.overview(Instant::now(), &caller.name))
+    }
+}
+
+/// The message, once all that is the caller's to get right has been checked.
+#[allow(clippy::too_many_arguments)] // each is a field of the message
+fn message(
+    caller: &Caller,
+    topic: String,
+    payload: Bytes,
+    qos: Option<u64>,
+    ttl_seconds: u32,
+    id: Option<String>,
+    retain: bool,
+    properties: v1::Properties,
+) -> Result<v1::Message, Problem> {
+    topic::check_name(&topic).map_err(|error| Problem::field("topic", error))?;
+    let qos = match qos.unwrap_or(1) {
+        qos @ (0 | 1) => qos as u32,
+        _ => return Err(Problem::field("qos", "must be 0 or 1")),
+    };
+    if let Some(id) = &id {
+        check_id(id)?;
+    }
+    check_properties(&properties)?;
+    let max = caller.app.limits.max_payload_bytes;
+    if payload.len() > max as usize {
+        return Err(Problem {
+            field: Some("payload".to_owned()),
+            ..Problem::new(
+                Kind::PayloadTooLarge,
+                format!(
+                    "`payload` has {} bytes; app `{}` allows {max} (limits.max_payload_bytes)",
+                    payload.len(),
+                    caller.name
+                ),
+            )
+        });
+    }
+    let now = now_ms();
+    Ok(v1::Message {
+        topic,
+        payload,
+        qos,
+        retain,
+        id: id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
+        published_ms: now,
+        expires_ms: if ttl_seconds == 0 { 0 } else { now + u64::from(ttl_seconds) * 1000 },
+        properties: Some(properties),
+        ..v1::Message::default()
+    })
+}
+
+/// The full name of a topic that was named in full or without the app's level.
+fn full_topic(app: &str, name: &str) -> Result<String, Problem> {
+    let below = name.strip_prefix(app).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
+    let invalid = |error| Problem::field("topic", error);
+    topic::check_name(below).map_err(invalid)?;
+    let full = format!("{app}/{below}");
+    topic::check_name(&full).map_err(invalid)?;
+    Ok(full)
+}
+
+fn check_id(id: &str) -> Result<(), Problem> {
+    let ok = (1..=MAX_ID_BYTES).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    if ok {
+        Ok(())
+    } else {
+        Err(Problem::field("id", format!("must be 1 to {MAX_ID_BYTES} visible ASCII characters")))
+    }
+}
+
+fn check_device(device: &str) -> Result<(), Problem> {
+    if device.is_empty() {
+        return Err(Problem::field("device", "is empty"));
+    }
+    if device.len() > MAX_DEVICE_BYTES {
+        return Err(Problem::field("device", format!("is longer than {MAX_DEVICE_BYTES} bytes")));
+    }
+    Ok(())
+}
+
+fn check_properties(properties: &v1::Properties) -> Result<(), Problem> {
+    if properties.user.len() > MAX_USER_PROPERTIES {
+        return Err(Problem::field("properties", format!("has more than {MAX_USER_PROPERTIES} entries")));
+    }
+    // MQTT 5.0 §1.5.4: no NUL in a string.
+    if properties.content_type.contains('\0') {
+        return Err(Problem::field("content_type", "contains a NUL"));
+    }
+    if !properties.response_topic.is_empty() {
+        topic::check_name(&properties.response_topic)
+            .map_err(|error| Problem::field("response_topic", error))?;
+    }
+    let mut bytes =
+        properties.content_type.len() + properties.response_topic.len() + properties.correlation_data.len();
+    for pair in &properties.user {
+        if pair.key.contains('\0') || pair.value.contains('\0') {
+            return Err(Problem::field("properties", "contains a NUL"));
+        }
+        bytes += pair.key.len() + pair.value.len();
+    }
+    if bytes > MAX_PROPERTIES_BYTES {
+        return Err(Problem::field(
+            "properties",
+            format!("are longer than {MAX_PROPERTIES_BYTES} bytes together"),
+        ));
+    }
+    Ok(())
+}
+
+fn parse_position(text: &str) -> Result<(u64, u64), Problem> {
+    let digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse().ok()).flatten();
+    text.split_once(':').and_then(|(epoch, seq)| Some((digits(epoch)?, digits(seq)?))).ok_or_else(|| {
+        Problem::field("after", "must be {epoch}:{seq}, two numbers, as `next` of the answer before")
+    })
+}
+
+/// What the owner of the topic says, as what the caller is told.
+fn published_as(published: &v1::Published) -> Result<(), Problem> {
+    use v1::PublishCode;
+    let said = |default: &str| match published.text.as_str() {
+        "" => default.to_owned(),
+        text => text.to_owned(),
+    };
+    match published.code() {
+        PublishCode::Accepted => Ok(()),
+        PublishCode::NotOwner => Err(Problem::new(
+            Kind::Unavailable,
+            "the topic is just moving to another owner; a retry with the same id is harmless",
+        )),
+        PublishCode::StoreUnavailable | PublishCode::Unspecified => Err(Problem::new(
+            Kind::Unavailable,
+            said("the message could not be stored and was not delivered"),
+        )),
+        PublishCode::Overloaded => {
+            Err(Problem::new(Kind::Overloaded, said("the topic's owner has too much to do")))
+        }
+        PublishCode::Refused => {
+            Err(Problem::new(Kind::Refused, said("the topic's owner refuses the message")))
+        }
+    }
+}
+
+fn from_cluster(error: ClusterError) -> Problem {
+    match error {
+        ClusterError::Unavailable(text) => Problem::new(
+            Kind::Unavailable,
+            format!(
+                "{text}; it may or may not have been carried out (a push retried with the same id is harmless)"
+            ),
+        ),
+        ClusterError::Overloaded(text) => Problem::new(Kind::Overloaded, text),
+        ClusterError::Refused(text) => Problem::new(Kind::Refused, text),
+        ClusterError::NotFound(text) => Problem::new(Kind::UnknownBroadcast, text),
+        ClusterError::Conflict(text) => Problem::new(Kind::Conflict, text),
+    }
+}

@@ -1,0 +1,385 @@
+//! Speaking to the owners of topics: publishes that are sent again until a deadline, and questions about a topic.
+//!
+//! A task holds one stream to each owner. While a topic's owner cannot be had, its publishes are held back in the
+//! order in which they came; one of them is tried at a time, and when that goes through, the others follow at once.
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use carillon_agent::{Instance, Role, SlotMap};
+use carillon_proto::exchange::{self, Exchange, Publishing};
+use carillon_proto::v1::{self, PublishCode, registry_client::RegistryClient};
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use crate::peers::{self, Directory};
+
+/// Limits of an [`OwnerClient`].
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// From a call to its answer, all attempts together.
+    pub deadline: Duration,
+    /// Publishes that may be unanswered.
+    pub queue: usize,
+    /// Bytes of payload that may be unanswered.
+    pub queue_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { deadline: Duration::from_secs(5), queue: 65_536, queue_bytes: 256 * 1024 * 1024 }
+    }
+}
+
+/// Between two attempts: grows from the first to the second, jittered.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+const TICK: Duration = Duration::from_millis(10);
+
+/// Why a message was not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// Not carried out.
+    #[error("too many messages are waiting to be published")]
+    Overloaded,
+    /// It may have been carried out.
+    #[error("not accepted in time: {0}")]
+    TimedOut(String),
+    /// Never acceptable as it is.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A cheap handle; the task ends when the last one is dropped.
+#[derive(Clone)]
+pub struct OwnerClient {
+    directory: Directory,
+    calls: mpsc::Sender<Call>,
+    bytes: Arc<AtomicUsize>,
+    options: Options,
+}
+
+/// Payload bytes that are counted for as long as this lives.
+struct Counted(Arc<AtomicUsize>, usize);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
+struct Call {
+    request: v1::PublishRequest,
+    reply: oneshot::Sender<Result<v1::Published, PublishError>>,
+    /// What the last attempt came to, shown when the deadline has passed.
+    last: Arc<parking_lot::Mutex<String>>,
+    _counted: Counted,
+}
+
+impl OwnerClient {
+    /// Starts the task. Must be called within a tokio runtime.
+    pub fn start(directory: Directory, options: Options) -> Self {
+        let (calls, receiver) = mpsc::channel(options.queue);
+        let task = Publisher {
+            directory: directory.clone(),
+            options: options.clone(),
+            owners: HashMap::new(),
+            lanes: HashMap::new(),
+            held: 0,
+            next_ticket: 0,
+        };
+        tokio::spawn(task.run(receiver));
+        OwnerClient { directory, calls, bytes: Arc::default(), options }
+    }
+
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// Queues the request now, so that calls keep their order, and gives a future for the owner's acceptance.
+    /// A message with an id is published once, however often it has to be sent.
+    pub fn publish(
+        &self,
+        request: v1::PublishRequest,
+    ) -> BoxFuture<'static, Result<v1::Published, PublishError>> {
+        let bytes = request.message.as_ref().map_or(0, |message| message.payload.len());
+        let counted = Counted(self.bytes.clone(), bytes);
+        if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.options.queue_bytes {
+            return Box::pin(async { Err(PublishError::Overloaded) });
+        }
+        let (reply, answer) = oneshot::channel();
+        let last = Arc::new(parking_lot::Mutex::new("no answer yet".to_owned()));
+        let call = Call { request, reply, last: last.clone(), _counted: counted };
+        if self.calls.try_send(call).is_err() {
+            return Box::pin(async { Err(PublishError::Overloaded) });
+        }
+        let deadline = Instant::now() + self.options.deadline;
+        Box::pin(async move {
+            match tokio::time::timeout_at(deadline, answer).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err(PublishError::TimedOut("publishing has been stopped".to_owned())),
+                Err(_) => Err(PublishError::TimedOut(last.lock().clone())),
+            }
+        })
+    }
+
+    /// Asks the owner of `topic`; looks for it again until the deadline while it is not to be had.
+    pub async fn ask_owner<T, F, A>(&self, topic: &str, ask: F) -> Result<T, Status>
+    where
+        F: Fn(RegistryClient<Channel>) -> A,
+        A: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        let deadline = Instant::now() + self.options.deadline;
+        let mut backoff = BACKOFF.0;
+        loop {
+            let attempt = async {
+                let owner = self.directory.owner_of(topic).ok_or_else(|| {
+                    Status::unavailable("no registry instance owns the slot of the topic at the moment")
+                })?;
+                let client =
+                    self.directory.registry(&owner).map_err(|error| Status::internal(error.to_string()))?;
+                ask(client).await
+            };
+            let failed = match tokio::time::timeout_at(deadline, attempt).await {
+                Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Err(status)) if !matches!(status.code(), Code::Aborted | Code::Unavailable) => {
+                    return Err(status);
+                }
+                Ok(Err(status)) => status,
+                Err(_) => return Err(Status::deadline_exceeded("no answer from the topic's owner in time")),
+            };
+            if Instant::now() + backoff >= deadline {
+                return Err(Status::unavailable(failed.message()));
+            }
+            tokio::time::sleep(jittered(backoff)).await;
+            backoff = (backoff * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// The last report of every gateway, each once, whatever number of registry instances it is attached to.
+    pub async fn overview(&self) -> Result<Vec<v1::GatewayOverview>, Status> {
+        let asked = self.directory.instances(Role::Registry).into_iter().map(|instance| async move {
+            let mut client =
+                self.directory.registry(&instance).map_err(|error| Status::internal(error.to_string()))?;
+            match tokio::time::timeout(self.options.deadline, client.overview(v1::OverviewRequest {})).await {
+                Ok(reply) => Ok(reply?.into_inner().gateways),
+                Err(_) => Err(Status::deadline_exceeded(format!("no answer from {} in time", instance.id))),
+            }
+        });
+        let mut gateways: BTreeMap<String, v1::GatewayOverview> = BTreeMap::new();
+        let mut failed = None;
+        for answer in futures::future::join_all(asked).await {
+            match answer {
+                Ok(overviews) => {
+                    for overview in overviews {
+                        match gateways.get(&overview.instance) {
+                            Some(known) if known.age_ms <= overview.age_ms => {}
+                            _ => drop(gateways.insert(overview.instance.clone(), overview)),
+                        }
+                    }
+                }
+                Err(status) => failed = Some(status),
+            }
+        }
+        match failed {
+            Some(status) if gateways.is_empty() => Err(status),
+            _ => Ok(gateways.into_values().collect()),
+        }
+    }
+}
+
+fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(rand::random_range(0.5..1.5))
+}
+
+type Answer = (u64, Call, Option<String>, Result<v1::Published, String>);
+
+/// The publishes of a topic that are held back, by ticket: the order in which they came.
+struct Lane {
+    held: BTreeMap<u64, Call>,
+    /// The one that is being tried.
+    trying: Option<u64>,
+    retry_at: Instant,
+    backoff: Duration,
+}
+
+struct Publisher {
+    directory: Directory,
+    options: Options,
+    owners: HashMap<String, Exchange<Publishing>>,
+    lanes: HashMap<String, Lane>,
+    held: usize,
+    next_ticket: u64,
+}
+
+/// Who owns what, looked up once for a batch of publishes.
+struct View {
+    slots: Arc<SlotMap>,
+    registries: Arc<Vec<Instance>>,
+}
+
+impl Publisher {
+    async fn run(mut self, mut calls: mpsc::Receiver<Call>) {
+        let mut in_flight: FuturesUnordered<BoxFuture<'static, Answer>> = FuturesUnordered::new();
+        let mut taken = Vec::new();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut open = true;
+        while open || !in_flight.is_empty() || self.held > 0 {
+            let room = self.options.queue.saturating_sub(in_flight.len() + self.held);
+            tokio::select! {
+                count = calls.recv_many(&mut taken, room.min(1024)), if open && room > 0 => {
+                    open = count > 0;
+                    let view = self.view();
+                    for call in taken.drain(..) {
+                        let ticket = self.next_ticket;
+                        self.next_ticket += 1;
+                        let topic = call.request.message.as_ref().map_or("", |message| &message.topic);
+                        match self.lanes.get_mut(topic) {
+                            Some(lane) => {
+                                lane.held.insert(ticket, call);
+                                self.held += 1;
+                            }
+                            None => in_flight.push(self.send(&view, ticket, call)),
+                        }
+                    }
+                }
+                Some(answer) = in_flight.next() => self.answered(answer, &mut in_flight),
+                _ = tick.tick(), if self.held > 0 => self.retry(&mut in_flight),
+            }
+        }
+    }
+
+    fn view(&self) -> View {
+        View { slots: self.directory.slots(), registries: self.directory.live(Role::Registry) }
+    }
+
+    fn send(&mut self, view: &View, ticket: u64, call: Call) -> BoxFuture<'static, Answer> {
+        let topic = call.request.message.as_ref().map_or("", |message| &message.topic);
+        let owner = view.slots.owner_of(topic).map(|(_, owner)| owner);
+        let instance =
+            owner.and_then(|owner| view.registries.iter().find(|instance| *instance.id == *owner.instance));
+        let Some(instance) = instance else {
+            return Box::pin(async move { (ticket, call, None, Err("the slot has no owner".to_owned())) });
+        };
+        let Some(address) = instance.addresses.get(peers::GRPC) else {
+            return Box::pin(async move { (ticket, call, None, Err("the owner has no address".to_owned())) });
+        };
+        let exchange = match self.owners.get(address) {
+            Some(exchange) => exchange.clone(),
+            None => {
+                self.owners.retain(|known, _| {
+                    view.registries.iter().any(|instance| instance.addresses.get(peers::GRPC) == Some(known))
+                });
+                let endpoint = match peers::endpoint(&instance.id, address) {
+                    Ok(endpoint) => endpoint,
+                    Err(error) => {
+                        return Box::pin(async move { (ticket, call, None, Err(error.to_string())) });
+                    }
+                };
+                let options =
+                    exchange::Options { timeout: self.options.deadline, ..exchange::Options::default() };
+                let exchange = Exchange::start(endpoint, options);
+                self.owners.insert(address.clone(), exchange.clone());
+                exchange
+            }
+        };
+        let answer = exchange.call(call.request.clone());
+        let address = address.clone();
+        Box::pin(async move {
+            let answer = answer.await.map_err(|error| error.to_string());
+            (ticket, call, Some(address), answer)
+        })
+    }
+
+    fn answered(
+        &mut self,
+        (ticket, mut call, _, answer): Answer,
+        in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>,
+    ) {
+        let topic = call.request.message.as_ref().map_or(String::new(), |message| message.topic.clone());
+        let outcome = match answer {
+            Ok(published) => match published.code() {
+                PublishCode::Accepted => Ok(Ok(published)),
+                PublishCode::Refused | PublishCode::Unspecified => {
+                    Ok(Err(PublishError::Refused(published.text)))
+                }
+                code => Err(format!("{}: {}", code.as_str_name(), published.text)),
+            },
+            Err(text) => Err(text),
+        };
+        match outcome {
+            Ok(result) => {
+                let _ = call.reply.send(result);
+                if self.lanes.get(&topic).is_some_and(|lane| lane.trying == Some(ticket)) {
+                    self.open_lane(&topic, in_flight);
+                }
+            }
+            Err(text) => {
+                let lane = self.lanes.entry(topic).or_insert_with(|| Lane {
+                    held: BTreeMap::new(),
+                    trying: None,
+                    retry_at: Instant::now() + jittered(BACKOFF.0),
+                    backoff: BACKOFF.0,
+                });
+                if lane.trying == Some(ticket) {
+                    lane.trying = None;
+                    lane.backoff = (lane.backoff * 2).min(BACKOFF.1);
+                    lane.retry_at = Instant::now() + jittered(lane.backoff);
+                }
+                *call.last.lock() = text;
+                // It may have been carried out all the same.
+                call.request.idempotent |=
+                    call.request.message.as_ref().is_some_and(|message| !message.id.is_empty());
+                lane.held.insert(ticket, call);
+                self.held += 1;
+            }
+        }
+    }
+
+    /// The topic's owner answers again: what was held back follows, in order.
+    fn open_lane(&mut self, topic: &str, in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>) {
+        let Some(lane) = self.lanes.remove(topic) else { return };
+        self.held -= lane.held.len();
+        let view = self.view();
+        for (ticket, call) in lane.held {
+            if !call.reply.is_closed() {
+                in_flight.push(self.send(&view, ticket, call));
+            }
+        }
+    }
+
+    fn retry(&mut self, in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>) {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        let held = &mut self.held;
+        self.lanes.retain(|_, lane| {
+            if lane.retry_at > now || lane.trying.is_some() {
+                return true;
+            }
+            let before = lane.held.len();
+            // Their callers have given up.
+            lane.held.retain(|_, call| !call.reply.is_closed());
+            *held -= before - lane.held.len();
+            if let Some((ticket, call)) = lane.held.pop_first() {
+                *held -= 1;
+                lane.trying = Some(ticket);
+                due.push((ticket, call));
+            }
+            lane.trying.is_some()
+        });
+        if due.is_empty() {
+            return;
+        }
+        let view = self.view();
+        for (ticket, call) in due {
+            in_flight.push(self.send(&view, ticket, call));
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! The tasks that run the cores: a share of the slots each, fed by bounded queues, never waiting for anything else.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use carillon_agent::app::App;
+use carillon_proto::exchange::CallError;
+use carillon_proto::v1::{self, PublishCode, attach_down, saver_reply, saver_request};
+use carillon_proto::{now_ms, topic};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::attach::{Announcing, Outbound, message_bytes};
+use super::core::{AskError, Attached, Core, Limits, Output, PresenceEvent, Publish, Receiver};
+use super::metrics::Metrics;
+use crate::peers::{Directory, PeerError};
+
+/// Inputs that wait at one worker.
+const QUEUE: usize = 16_384;
+/// Inputs handled in one turn.
+const TURN: usize = 1024;
+const TICK: Duration = Duration::from_millis(100);
+/// A batch of messages to one receiver is sent on when it has reached this size.
+const DELIVER_BYTES: usize = 1024 * 1024;
+
+/// What a worker is told.
+pub enum Input {
+    Publish {
+        publish: Publish,
+        reply: ReplyTo,
+    },
+    Attach {
+        receiver: Receiver,
+        attached: Attached,
+        outbound: Arc<Outbound>,
+    },
+    Detach {
+        receiver: Receiver,
+    },
+    /// (index in the request, filter, present)
+    Announce {
+        receiver: Receiver,
+        announcing: Arc<Announcing>,
+        routes: Vec<(u32, String, bool)>,
+        wildcards: bool,
+    },
+    Complete {
+        receiver: Receiver,
+        slots: Vec<v1::SlotEpoch>,
+    },
+    Sessions {
+        receiver: Receiver,
+        changes: Vec<v1::SessionChange>,
+    },
+    Slots(HashMap<u32, u64>),
+    Live(HashSet<(Arc<str>, u64)>),
+    Apps(Arc<BTreeMap<String, Arc<App>>>),
+    Limits(Limits),
+    /// None: the slot is not owned here.
+    Who {
+        app: String,
+        user: String,
+        reply: oneshot::Sender<Option<Vec<v1::OnlineSession>>>,
+    },
+    Kick {
+        app: String,
+        user: String,
+        client_id: String,
+        reply: oneshot::Sender<Option<u32>>,
+    },
+}
+
+/// Where the answer to a publish goes. Dropped unanswered only when the process ends.
+pub struct ReplyTo {
+    pub to: To,
+    /// Payload bytes that are counted until the answer.
+    pub _admitted: Admitted,
+}
+
+pub enum To {
+    Stream {
+        correlation: u64,
+        permit: mpsc::OwnedPermit<v1::Published>,
+    },
+    /// The answer, and whom a broadcast went to.
+    One(oneshot::Sender<(v1::Published, Vec<Receiver>)>),
+}
+
+impl ReplyTo {
+    pub fn send(self, mut published: v1::Published, targets: Vec<Receiver>) {
+        match self.to {
+            To::Stream { correlation, permit } => {
+                published.correlation = correlation;
+                permit.send(published);
+            }
+            To::One(sender) => drop(sender.send((published, targets))),
+        }
+    }
+}
+
+/// A publish and its payload's bytes, counted while it is unanswered.
+pub struct Admitted {
+    count: Arc<AtomicUsize>,
+    count_bytes: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.count_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Handles to all workers; a cheap clone.
+#[derive(Clone)]
+pub struct Workers {
+    inboxes: Arc<[mpsc::Sender<Input>]>,
+    instance: Arc<str>,
+    admitted: Arc<AtomicUsize>,
+    unanswered: Arc<AtomicUsize>,
+    max_bytes: Arc<AtomicUsize>,
+}
+
+/// What workers share with the rest of the registry.
+#[derive(Clone)]
+pub struct WorkerDeps {
+    pub directory: Directory,
+    pub metrics: Metrics,
+    pub presence: mpsc::Sender<PresenceEvent>,
+    /// Ends the workers.
+    pub stop: CancellationToken,
+}
+
+impl Workers {
+    pub fn start(
+        count: usize,
+        instance: &str,
+        limits: &Limits,
+        max_bytes: usize,
+        deps: &WorkerDeps,
+    ) -> Workers {
+        let sizes = Arc::new(Mutex::new(vec![super::core::Sizes::default(); count]));
+        let inboxes = (0..count).map(|index| {
+            let (sender, receiver) = mpsc::channel(QUEUE);
+            let worker = Worker {
+                index,
+                core: Core::new(limits.clone()),
+                deps: deps.clone(),
+                outbounds: HashMap::new(),
+                replies: HashMap::new(),
+                announcing: HashMap::new(),
+                next_token: 1,
+                asks: FuturesUnordered::new(),
+                sizes: sizes.clone(),
+            };
+            tokio::spawn(worker.run(receiver));
+            sender
+        });
+        Workers {
+            inboxes: inboxes.collect(),
+            instance: instance.into(),
+            admitted: Arc::default(),
+            unanswered: Arc::default(),
+            max_bytes: Arc::new(AtomicUsize::new(max_bytes)),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.inboxes.len()
+    }
+
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    pub fn set_max_bytes(&self, max_bytes: usize) {
+        self.max_bytes.store(max_bytes, Ordering::Relaxed);
+    }
+
+    /// Publishes that were taken and are not answered yet.
+    pub fn unanswered(&self) -> usize {
+        self.unanswered.load(Ordering::Relaxed)
+    }
+
+    fn worker_of(&self, slot: u32) -> usize {
+        slot as usize % self.inboxes.len()
+    }
+
+    /// Hands a publish to the worker of its slot at once, or answers it OVERLOADED.
+    pub fn publish(&self, publish: Publish, to: To) {
+        let bytes = publish.message.payload.len();
+        let waiting = self.admitted.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        let (count, count_bytes) = (self.unanswered.clone(), self.admitted.clone());
+        let reply = ReplyTo { to, _admitted: Admitted { count, count_bytes, bytes } };
+        if waiting > self.max_bytes.load(Ordering::Relaxed) {
+            return reply.send(overloaded("too many bytes wait to be published"), Vec::new());
+        }
+        let worker = self.worker_of(topic::slot_of(&publish.message.topic));
+        let failed = self.inboxes[worker].try_send(Input::Publish { publish, reply });
+        if let Err(error) = failed
+            && let Input::Publish { reply, .. } = error.into_inner()
+        {
+            reply.send(overloaded("too many messages wait to be published"), Vec::new());
+        }
+    }
+
+    /// Waits for room in the worker's queue.
+    pub async fn to(&self, worker: usize, input: Input) {
+        // An error means that the process ends.
+        let _ = self.inboxes[worker].send(input).await;
+    }
+
+    pub async fn to_owner(&self, topic: &str, input: Input) {
+        self.to(self.worker_of(topic::slot_of(topic)), input).await;
+    }
+
+    pub async fn to_all(&self, input: impl Fn() -> Input) {
+        for worker in 0..self.inboxes.len() {
+            self.to(worker, input()).await;
+        }
+    }
+
+    /// Splits items by the worker that has their slot, each part in order.
+    pub fn split<T>(&self, items: Vec<T>, slot: impl Fn(&T) -> u32) -> Vec<(usize, Vec<T>)> {
+        let mut parts: Vec<(usize, Vec<T>)> =
+            (0..self.inboxes.len()).map(|worker| (worker, Vec::new())).collect();
+        for item in items {
+            let worker = self.worker_of(slot(&item));
+            parts[worker].1.push(item);
+        }
+        parts.retain(|(_, part)| !part.is_empty());
+        parts
+    }
+}
+
+fn overloaded(text: &str) -> v1::Published {
+    v1::Published { code: PublishCode::Overloaded.into(), text: text.to_owned(), ..v1::Published::default() }
+}
+
+type Answer = (u64, Result<saver_reply::Result, AskError>);
+
+struct Worker {
+    index: usize,
+    core: Core,
+    deps: WorkerDeps,
+    outbounds: HashMap<Receiver, Arc<Outbound>>,
+    replies: HashMap<u64, ReplyTo>,
+    /// By the core's request number: the announcement, and how many of its routes are not answered yet.
+    announcing: HashMap<u64, (Arc<Announcing>, usize)>,
+    next_token: u64,
+    asks: FuturesUnordered<BoxFuture<'static, Answer>>,
+    sizes: Arc<Mutex<Vec<super::core::Sizes>>>,
+}
+
+impl Worker {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Input>) {
+        let mut inputs = Vec::with_capacity(TURN);
+        let mut outputs = Vec::new();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                count = inbox.recv_many(&mut inputs, TURN) => {
+                    if count == 0 {
+                        return;
+                    }
+                    let now = now_ms();
+                    for input in inputs.drain(..) {
+                        self.handle(input, now);
+                    }
+                }
+                Some((tag, answer)) = self.asks.next() => {
+                    let now = now_ms();
+                    self.answered(tag, answer, now);
+                    // Others are often there too: a turn for all of them.
+                    for _ in 1..TURN {
+                        match self.asks.next().now_or_never() {
+                            Some(Some((tag, answer))) => self.answered(tag, answer, now),
+                            _ => break,
+                        }
+                    }
+                }
+                _ = tick.tick() => {
+                    self.core.tick(now_ms());
+                    self.measure();
+                }
+                () = self.deps.stop.cancelled() => return,
+            }
+            self.core.turn(&mut outputs);
+            self.perform(&mut outputs);
+        }
+    }
+
+    fn handle(&mut self, input: Input, now_ms: u64) {
+        match input {
+            Input::Publish { mut publish, reply } => {
+                publish.token = self.token();
+                self.replies.insert(publish.token, reply);
+                self.core.publish(publish, now_ms);
+            }
+            Input::Attach { receiver, attached, outbound } => {
+                self.outbounds.insert(receiver, outbound);
+                self.core.attach(receiver, attached);
+            }
+            Input::Detach { receiver } => {
+                if self.outbounds.remove(&receiver).is_some() {
+                    self.core.detach(receiver, now_ms);
+                }
+            }
+            Input::Announce { receiver, announcing, routes, wildcards } => {
+                if !self.outbounds.contains_key(&receiver) {
+                    return;
+                }
+                let request = self.token();
+                self.announcing.insert(request, (announcing, routes.len()));
+                for (index, filter, present) in routes {
+                    if wildcards {
+                        self.core.announce_wildcard(receiver, &filter, present);
+                        self.announced(request, index, Some(0));
+                    } else {
+                        self.core.announce(receiver, request, index, &filter, present);
+                    }
+                }
+            }
+            Input::Complete { receiver, slots } => self.core.complete(receiver, &slots),
+            Input::Sessions { receiver, changes } => {
+                for change in changes {
+                    self.core.session_change(receiver, change, now_ms);
+                }
+            }
+            Input::Slots(slots) => self.core.set_slots(&slots),
+            Input::Live(live) => self.core.set_live(live),
+            Input::Apps(apps) => self.core.set_apps(apps),
+            Input::Limits(limits) => self.core.set_limits(limits),
+            Input::Who { app, user, reply } => {
+                let _ = reply.send(self.core.sessions(&app, &user));
+            }
+            Input::Kick { app, user, client_id, reply } => {
+                let _ = reply.send(self.core.kick(&app, &user, &client_id));
+            }
+        }
+    }
+
+    fn answered(&mut self, tag: u64, answer: Result<saver_reply::Result, AskError>, now_ms: u64) {
+        if let Err(error) = &answer {
+            self.deps.metrics.saver_errors.inc();
+            tracing::debug!(?error, "the saver could not be asked, or refuses");
+        }
+        self.core.answered(tag, answer, now_ms);
+    }
+
+    fn token(&mut self) -> u64 {
+        self.next_token += 1;
+        self.next_token
+    }
+
+    fn announced(&mut self, request: u64, index: u32, head: Option<u64>) {
+        if let Some((announcing, left)) = self.announcing.get_mut(&request) {
+            announcing.answer(index, head);
+            *left -= 1;
+            if *left == 0 {
+                self.announcing.remove(&request);
+            }
+        }
+    }
+
+    fn perform(&mut self, outputs: &mut Vec<Output>) {
+        if outputs.is_empty() {
+            return;
+        }
+        let mut saver = None;
+        let mut batches: BTreeMap<Receiver, (Vec<v1::Message>, usize)> = BTreeMap::new();
+        // Publishers and announcers are answered when everything is on its way.
+        let mut replies = Vec::new();
+        let mut announced = Vec::new();
+        for output in outputs.drain(..) {
+            match output {
+                Output::Ask { tag, op } => {
+                    let saver = saver.get_or_insert_with(|| self.deps.directory.saver());
+                    self.asks.push(ask(saver, tag, op));
+                }
+                Output::Deliver { to, message, broadcast: None } => {
+                    self.deps.metrics.delivered.inc_by(to.len() as u64);
+                    let bytes = message_bytes(&message);
+                    for receiver in to {
+                        let batch = batches.entry(receiver).or_default();
+                        batch.0.push(message.clone());
+                        batch.1 += bytes;
+                        if batch.1 >= DELIVER_BYTES {
+                            let (messages, _) = std::mem::take(batch);
+                            self.deliver(receiver, messages, String::new());
+                        }
+                    }
+                }
+                Output::Deliver { to, message, broadcast: Some(job) } => {
+                    self.deps.metrics.delivered.inc_by(to.len() as u64);
+                    for receiver in to {
+                        // What came before it on its topic goes before it.
+                        if let Some((messages, _)) = batches.remove(&receiver) {
+                            self.deliver(receiver, messages, String::new());
+                        }
+                        self.deliver(receiver, vec![message.clone()], job.to_string());
+                    }
+                }
+                Output::Reply { token, published, targets } => replies.push((token, published, targets)),
+                Output::Announced { request, index, head } => announced.push((request, index, head)),
+                Output::Kick { to, kick } => {
+                    self.deps.metrics.kicks.inc();
+                    if let Some(outbound) = self.outbounds.get(&to) {
+                        outbound.push(attach_down::Body::Kick(kick));
+                    }
+                }
+                Output::Presence(event) => {
+                    if self.deps.presence.try_send(event).is_err() {
+                        self.deps.metrics.presence.with_label_values(&["dropped"]).inc();
+                    }
+                }
+                Output::GaveUp { slot } => {
+                    self.deps.metrics.gave_up.inc();
+                    tracing::warn!(slot, "gave up a slot: the saver knows a newer owner");
+                }
+            }
+        }
+        for (receiver, (messages, _)) in batches {
+            if !messages.is_empty() {
+                self.deliver(receiver, messages, String::new());
+            }
+        }
+        for (request, index, head) in announced {
+            self.announced(request, index, head);
+        }
+        for (token, published, targets) in replies {
+            let code = match published.code() {
+                PublishCode::Accepted if published.duplicate => "duplicate",
+                PublishCode::Accepted => "accepted",
+                PublishCode::NotOwner => "not_owner",
+                PublishCode::StoreUnavailable => "store_unavailable",
+                PublishCode::Overloaded => "overloaded",
+                PublishCode::Refused | PublishCode::Unspecified => "refused",
+            };
+            self.deps.metrics.published.with_label_values(&[code]).inc();
+            if let Some(reply) = self.replies.remove(&token) {
+                reply.send(published, targets);
+            }
+        }
+    }
+
+    fn deliver(&self, receiver: Receiver, messages: Vec<v1::Message>, broadcast: String) {
+        if let Some(outbound) = self.outbounds.get(&receiver) {
+            outbound.push(attach_down::Body::Deliver(v1::Deliver { messages, broadcast }));
+        }
+    }
+
+    fn measure(&self) {
+        let mut all = self.sizes.lock();
+        all[self.index] = self.core.sizes();
+        if self.index == 0 {
+            let metrics = &self.deps.metrics;
+            let sum = |size: fn(&super::core::Sizes) -> usize| all.iter().map(size).sum::<usize>() as i64;
+            metrics.slots.set(sum(|sizes| sizes.slots));
+            metrics.slots_not_whole.set(sum(|sizes| sizes.slots_not_whole));
+            metrics.topics.set(sum(|sizes| sizes.topics));
+            metrics.sessions.set(sum(|sizes| sizes.sessions));
+            metrics.unanswered.set(sum(|sizes| sizes.unanswered));
+        }
+    }
+}
+
+fn ask(
+    saver: &Result<carillon_proto::exchange::Exchange<carillon_proto::exchange::Saving>, PeerError>,
+    tag: u64,
+    op: saver_request::Op,
+) -> BoxFuture<'static, Answer> {
+    let call = match saver {
+        Ok(saver) => saver.call(v1::SaverRequest { correlation: 0, op: Some(op) }),
+        Err(error) => {
+            let error = AskError::Unavailable(error.to_string());
+            return Box::pin(async move { (tag, Err(error)) });
+        }
+    };
+    Box::pin(async move {
+        let answer = match call.await {
+            Ok(v1::SaverReply { result: Some(saver_reply::Result::Error(error)), .. }) => {
+                Err(AskError::of(error))
+            }
+            Ok(v1::SaverReply { result: Some(result), .. }) => Ok(result),
+            Ok(v1::SaverReply { result: None, .. }) => {
+                Err(AskError::Unknown("the saver gave an empty answer".to_owned()))
+            }
+            Err(error @ CallError::Overloaded(_)) => Err(AskError::Unavailable(error.to_string())),
+            Err(error) => Err(AskError::Unknown(error.to_string())),
+        };
+        (tag, answer)
+    })
+}

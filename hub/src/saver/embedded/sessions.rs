@@ -1,0 +1,483 @@
+//! Kept sessions: opening, subscribing, acknowledging, closing; and the trimming of inboxes by what was acknowledged.
+//!
+//! Where a session stands on a topic is its cursor there, if it has one. Before its first acknowledgement on a topic it
+//! may have none; then it stands at the last message that was appended before the subscription was made, which
+//! the subscription's baseline tells: a position in the order of all appends of the store.
+
+use std::collections::BTreeSet;
+
+use carillon_proto::{topic, v1};
+
+use super::disk::DiskError;
+use super::index::{
+    self, Session, SessionId, Subscribed, TopicId, add_subscriber, remove_subscriber, session_name,
+};
+use super::plan::Planner;
+use crate::saver::store::{
+    MAX_BACKLOG_BYTES, MAX_CLIENT_ID_BYTES, MAX_SUBSCRIPTIONS, StoreError, StoreResult,
+};
+
+fn invalid(text: impl Into<String>) -> StoreError {
+    StoreError::Invalid(text.into())
+}
+
+/// Is this filter exactly one user's inbox?
+pub fn is_inbox(filter: &str) -> bool {
+    topic::inbox_user(filter).is_some() && !topic::is_wildcard(filter)
+}
+
+pub fn check_filter(filter: &str) -> StoreResult<()> {
+    topic::check_filter(filter).map_err(|error| invalid(format!("filter {filter:?} {error}")))
+}
+
+fn name_of(session: Option<&v1::SessionRef>) -> StoreResult<String> {
+    let session = session.ok_or_else(|| invalid("no session is named"))?;
+    topic::check_app(&session.app).map_err(|error| invalid(format!("app {:?} {error}", session.app)))?;
+    if session.user.contains('\0') || session.client_id.contains('\0') {
+        return Err(invalid("a session's user or client id contains a NUL"));
+    }
+    if session.user.len() > topic::MAX_USER_BYTES || session.client_id.len() > MAX_CLIENT_ID_BYTES {
+        return Err(invalid("a session's user or client id is too long"));
+    }
+    Ok(session_name(session))
+}
+
+impl Planner<'_> {
+    pub fn open_session(&mut self, open: v1::OpenSession) -> StoreResult<v1::SessionOpened> {
+        let name = name_of(open.session.as_ref())?;
+        let mut kept = self.index.session_ids.get(name.as_str()).copied();
+        if let Some(id) = kept {
+            let expires = self.index.sessions.get(&id).map_or(0, Session::expires_ms);
+            let expired = expires != 0 && expires <= self.now_ms;
+            if expired || open.clean_start || open.expiry_seconds == 0 {
+                self.forget_session(id)?;
+                kept = None;
+            }
+        }
+        if open.expiry_seconds == 0 {
+            return Ok(v1::SessionOpened::default());
+        }
+        self.index.last_attachment += 1;
+        self.pending.attachment = true;
+        let attachment = self.index.last_attachment;
+        let attach = |session: &mut Session| {
+            session.attachment = attachment;
+            session.gateway = open.gateway.clone();
+            session.incarnation = open.incarnation;
+            session.open = true;
+            session.presumed_closed = false;
+            session.expiry_seconds = open.expiry_seconds;
+        };
+        let id = kept.unwrap_or(attachment);
+        if kept.is_some() {
+            self.index.change_session(id, attach);
+        } else {
+            let mut session = Session {
+                name: name.into(),
+                attachment,
+                gateway: String::new(),
+                incarnation: 0,
+                open: true,
+                presumed_closed: false,
+                closed_ms: 0,
+                expiry_seconds: 0,
+                subscriptions: Vec::new(),
+                cursors: Vec::new(),
+            };
+            attach(&mut session);
+            self.index.add_session(id, session);
+        }
+        self.pending.sessions.insert(id);
+        let subscriptions = self.subscriptions(id).into_iter().map(|held| held.subscription).collect();
+        let backlog = self.backlog(id, None)?;
+        Ok(v1::SessionOpened { present: kept.is_some(), attachment, subscriptions, backlog, kept: true })
+    }
+
+    pub fn subscribe(&mut self, subscribe: v1::Subscribe) -> StoreResult<Vec<v1::SubscribedOne>> {
+        for subscription in &subscribe.subscriptions {
+            check_filter(&subscription.filter)?;
+        }
+        let id = self.attached(subscribe.session.as_ref(), subscribe.attachment)?;
+        let held = self.index.sessions.get(&id).map_or(0, |session| session.subscriptions.len());
+        if held + subscribe.subscriptions.len() > MAX_SUBSCRIPTIONS {
+            return Err(invalid(format!("more than {MAX_SUBSCRIPTIONS} subscriptions of one session")));
+        }
+        let mut results = Vec::with_capacity(subscribe.subscriptions.len());
+        for subscription in subscribe.subscriptions {
+            results.push(self.subscribe_one(id, subscription)?);
+        }
+        self.pending.sessions.insert(id);
+        Ok(results)
+    }
+
+    fn subscribe_one(
+        &mut self,
+        id: SessionId,
+        subscription: v1::Subscription,
+    ) -> StoreResult<v1::SubscribedOne> {
+        let filter = subscription.filter.clone();
+        let exact = !topic::is_wildcard(&filter);
+        // An inbox begins at its beginning: what nobody has consumed is waiting.
+        let baseline = if is_inbox(&filter) { 0 } else { self.index.position };
+        let (existed, was_acked) = {
+            let Some(session) = self.index.sessions.get_mut(&id) else {
+                return Err(StoreError::SessionMoved);
+            };
+            match session.subscriptions.iter_mut().find(|held| held.subscription.filter == filter) {
+                Some(held) => {
+                    let was_acked = held.subscription.qos > 0;
+                    // With QoS 0 nothing was acknowledged and nothing is owed: with QoS 1 it begins now.
+                    if !was_acked {
+                        held.baseline = baseline;
+                    }
+                    held.subscription = subscription.clone();
+                    (true, was_acked)
+                }
+                None => {
+                    session.subscriptions.push(Subscribed { subscription: subscription.clone(), baseline });
+                    (false, false)
+                }
+            }
+        };
+        if subscription.qos > 0 {
+            add_subscriber(&mut self.index.subscribers, &filter, id);
+        } else {
+            remove_subscriber(&mut self.index.subscribers, &filter, id);
+            if was_acked {
+                self.drop_cursors(id, &filter)?;
+            }
+        }
+        if !exact {
+            let positions =
+                if existed && subscription.qos > 0 { self.backlog(id, Some(&filter))? } else { Vec::new() };
+            return Ok(v1::SubscribedOne { existed, positions });
+        }
+        let Some(topic) = self.index.topic(&filter) else {
+            let position = v1::Backlog { topic: filter, after: 0, sent: 0, head: 0 };
+            return Ok(v1::SubscribedOne { existed, positions: vec![position] });
+        };
+        let (after, sent) = if subscription.qos > 0 {
+            let after = self.standing(id, topic)?;
+            self.move_cursor(id, topic, after, 0);
+            let sent =
+                self.index.sessions.get(&id).and_then(|session| session.cursor(topic)).map_or(0, |c| c.sent);
+            (after, sent)
+        } else {
+            (start(self.index, topic), 0)
+        };
+        let at = self.index.at(topic);
+        let position = v1::Backlog { topic: filter, after: after.max(at.trimmed), sent, head: at.seq };
+        Ok(v1::SubscribedOne { existed, positions: vec![position] })
+    }
+
+    pub fn unsubscribe(&mut self, unsubscribe: v1::Unsubscribe) -> StoreResult<()> {
+        let id = self.attached(unsubscribe.session.as_ref(), unsubscribe.attachment)?;
+        for filter in &unsubscribe.filters {
+            let Some(session) = self.index.sessions.get_mut(&id) else { continue };
+            let before = session.subscriptions.len();
+            session.subscriptions.retain(|held| held.subscription.filter != *filter);
+            if session.subscriptions.len() < before {
+                remove_subscriber(&mut self.index.subscribers, filter, id);
+                self.pending.sessions.insert(id);
+                self.drop_cursors(id, filter)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn ack(&mut self, ack: v1::Ack) -> StoreResult<()> {
+        let id = match ack.attachment {
+            0 => None,
+            attachment => Some(self.attached(ack.session.as_ref(), attachment)?),
+        };
+        self.metrics.acks.inc_by(ack.positions.len() as u64);
+        for v1::AckPosition { topic, seq } in ack.positions {
+            let Some(topic) = self.index.topic(&topic) else { continue };
+            let mut acked = seq.min(self.index.at(topic).seq);
+            if let Some(id) = id {
+                acked = self.advance(id, topic, acked, 0)?;
+            }
+            if self.index.at(topic).retention.consumed {
+                self.consume(topic, Some(acked))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn close_session(&mut self, close: v1::CloseSession) -> StoreResult<()> {
+        let id = self.attached(close.session.as_ref(), close.attachment)?;
+        if close.expiry_seconds == 0 {
+            self.forget_session(id)?;
+            return Ok(());
+        }
+        for v1::AckPosition { topic, seq } in close.sent {
+            if let Some(topic) = self.index.topic(&topic) {
+                let sent = seq.min(self.index.at(topic).seq);
+                self.advance(id, topic, 0, sent)?;
+            }
+        }
+        let now_ms = self.now_ms;
+        self.index.change_session(id, |session| {
+            session.open = false;
+            session.presumed_closed = false;
+            session.closed_ms = now_ms;
+            session.expiry_seconds = close.expiry_seconds;
+        });
+        self.pending.sessions.insert(id);
+        Ok(())
+    }
+
+    pub fn close_attached(&mut self, gateway: &str, below: u64) -> u64 {
+        let gone = |session: &Session| {
+            let attached = session.open || session.presumed_closed;
+            attached && session.gateway == gateway && session.incarnation < below
+        };
+        let ids: Vec<SessionId> =
+            self.index.sessions.iter().filter(|(_, session)| gone(session)).map(|(&id, _)| id).collect();
+        let now_ms = self.now_ms;
+        for &id in &ids {
+            self.index.change_session(id, |session| {
+                if session.open {
+                    session.closed_ms = now_ms;
+                }
+                session.open = false;
+                session.presumed_closed = false;
+            });
+            self.pending.sessions.insert(id);
+        }
+        ids.len() as u64
+    }
+
+    /// Forgets sessions whose time has come, at most `most`. Answers how many.
+    pub fn forget_expired(&mut self, now_ms: u64, most: usize) -> StoreResult<u64> {
+        let mut forgotten = 0;
+        while let Some(&(expires, id)) = self.index.expiries.first()
+            && expires <= now_ms
+            && forgotten < most
+        {
+            self.forget_session(id)?;
+            forgotten += 1;
+        }
+        self.metrics.expired_sessions.inc_by(forgotten as u64);
+        Ok(forgotten as u64)
+    }
+
+    /// The session, if it still is the caller's.
+    fn attached(&mut self, session: Option<&v1::SessionRef>, attachment: u64) -> StoreResult<SessionId> {
+        let name = name_of(session)?;
+        let id = *self.index.session_ids.get(name.as_str()).ok_or(StoreError::SessionMoved)?;
+        let session = self.index.sessions.get(&id).ok_or(StoreError::SessionMoved)?;
+        if session.attachment != attachment {
+            return Err(StoreError::SessionMoved);
+        }
+        if session.presumed_closed {
+            // The store was away, the gateway was not.
+            self.index.change_session(id, |session| {
+                session.open = true;
+                session.presumed_closed = false;
+            });
+            self.pending.sessions.insert(id);
+        }
+        Ok(id)
+    }
+
+    /// The session's subscriptions, by filter.
+    fn subscriptions(&self, id: SessionId) -> Vec<Subscribed> {
+        self.index.sessions.get(&id).map(|session| session.subscriptions.clone()).unwrap_or_default()
+    }
+
+    /// Topics with messages that the session has yet to acknowledge: of one filter, or of all with QoS ≥ 1.
+    fn backlog(&mut self, id: SessionId, only: Option<&str>) -> StoreResult<Vec<v1::Backlog>> {
+        let mut topics = BTreeSet::new();
+        let Some(session) = self.index.sessions.get(&id) else { return Ok(Vec::new()) };
+        for held in &session.subscriptions {
+            let filter = held.subscription.filter.as_str();
+            if held.subscription.qos == 0 || only.is_some_and(|only| only != filter) {
+                continue;
+            }
+            if !topic::is_wildcard(filter) {
+                topics.extend(self.index.topic(filter));
+                continue;
+            }
+            for (_, &topic) in index::matching(&self.index.names, filter) {
+                let news = self.index.at(topic).last_position > held.baseline;
+                if news || session.cursor(topic).is_some() {
+                    topics.insert(topic);
+                }
+            }
+        }
+        let mut backlog = Vec::new();
+        let mut bytes = 0;
+        for topic in topics {
+            let after = self.standing(id, topic)?;
+            let at = self.index.at(topic);
+            if !at.has_after(after) {
+                continue;
+            }
+            bytes += at.name.len() + 32;
+            if bytes > MAX_BACKLOG_BYTES {
+                tracing::warn!("a session has a backlog on more topics than one answer holds");
+                break;
+            }
+            let (name, head, after) = (at.name.to_string(), at.seq, after.max(at.trimmed));
+            // Found once: the cursor keeps it.
+            self.move_cursor(id, topic, after, 0);
+            let cursor = self.index.sessions.get(&id).and_then(|session| session.cursor(topic));
+            backlog.push(v1::Backlog { topic: name, after, sent: cursor.map_or(0, |c| c.sent), head });
+        }
+        Ok(backlog)
+    }
+
+    /// seq of the last message on the topic that the session is done with.
+    fn standing(&self, id: SessionId, topic: TopicId) -> Result<u64, DiskError> {
+        let Some(session) = self.index.sessions.get(&id) else { return Ok(0) };
+        if let Some(cursor) = session.cursor(topic) {
+            return Ok(cursor.acked);
+        }
+        let name = &self.index.at(topic).name;
+        let baseline = session
+            .subscriptions
+            .iter()
+            .filter(|held| held.subscription.qos > 0 && topic::matches(&held.subscription.filter, name))
+            .map(|held| held.baseline)
+            .min();
+        match baseline {
+            Some(baseline) => self.seq_at(topic, baseline),
+            None => Ok(start(self.index, topic)),
+        }
+    }
+
+    /// seq of the last message of the log with at most this store-wide position; `trimmed` when it is gone.
+    fn seq_at(&self, id: TopicId, position: u64) -> Result<u64, DiskError> {
+        let topic = self.index.at(id);
+        if topic.last_position <= position {
+            return Ok(topic.seq);
+        }
+        if topic.first_position > position {
+            return Ok(topic.trimmed);
+        }
+        let pending = self.pending.log.range((id, 0)..=(id, u64::MAX));
+        if let Some((&(_, seq), _)) = pending.rev().find(|(_, (at, _))| *at <= position) {
+            return Ok(seq.max(topic.trimmed));
+        }
+        // Positions grow with seqs: halve the range of seqs until the record is found.
+        let (mut low, mut high) = (topic.trimmed, topic.seq);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.disk.records(id, middle, topic.seq).next().transpose()? {
+                Some(record) if record.position <= position => low = record.seq,
+                _ => high = middle,
+            }
+        }
+        Ok(low)
+    }
+
+    /// Moves the cursor forward, if the session is to acknowledge messages of this topic. Answers what it has acked now.
+    fn advance(&mut self, id: SessionId, topic: TopicId, acked: u64, sent: u64) -> StoreResult<u64> {
+        let Some(session) = self.index.sessions.get(&id) else { return Ok(acked) };
+        if session.cursor(topic).is_none() {
+            if !session.covers(&self.index.at(topic).name) {
+                return Ok(acked);
+            }
+            let standing = self.standing(id, topic)?;
+            return Ok(self.move_cursor(id, topic, standing.max(acked), sent));
+        }
+        Ok(self.move_cursor(id, topic, acked, sent))
+    }
+
+    /// Moves the cursor forward, making it if there is none. Answers what is acked now.
+    fn move_cursor(&mut self, id: SessionId, topic: TopicId, acked: u64, sent: u64) -> u64 {
+        let Some(session) = self.index.sessions.get_mut(&id) else { return acked };
+        let known = session.cursor(topic).is_some();
+        let cursor = session.cursor_entry(topic, acked);
+        if !known || acked > cursor.acked || sent > cursor.sent {
+            cursor.acked = cursor.acked.max(acked);
+            cursor.sent = cursor.sent.max(sent);
+            self.pending.cursors.insert((id, topic));
+        }
+        cursor.acked
+    }
+
+    /// Removes the cursors on topics of this filter that no other subscription covers.
+    fn drop_cursors(&mut self, id: SessionId, filter: &str) -> StoreResult<()> {
+        let Some(session) = self.index.sessions.get(&id) else { return Ok(()) };
+        let dropped: Vec<TopicId> = session
+            .cursors
+            .iter()
+            .map(|cursor| cursor.topic)
+            .filter(|&topic| {
+                let name = &self.index.at(topic).name;
+                topic::matches(filter, name) && !session.covers(name)
+            })
+            .collect();
+        let gone: BTreeSet<TopicId> = dropped.iter().copied().collect();
+        if let Some(session) = self.index.sessions.get_mut(&id) {
+            session.cursors.retain(|cursor| !gone.contains(&cursor.topic));
+        }
+        for topic in dropped {
+            self.pending.cursors.insert((id, topic));
+        }
+        for topic in self.held_back(filter) {
+            self.consume(topic, None)?;
+        }
+        Ok(())
+    }
+
+    /// Inboxes of this filter that hold messages: a subscription to it may be why.
+    fn held_back(&self, filter: &str) -> Vec<TopicId> {
+        let holds = |id: &TopicId| {
+            let topic = self.index.at(*id);
+            topic.retention.consumed && topic.seq > topic.trimmed
+        };
+        index::matching(&self.index.names, filter).map(|(_, &id)| id).filter(holds).collect()
+    }
+
+    fn forget_session(&mut self, id: SessionId) -> StoreResult<()> {
+        let Some(session) = self.index.remove_session(id) else { return Ok(()) };
+        self.pending.sessions.insert(id);
+        let mut released: BTreeSet<TopicId> = BTreeSet::new();
+        for cursor in session.cursors {
+            self.pending.cursors.insert((id, cursor.topic));
+            released.insert(cursor.topic);
+        }
+        for held in &session.subscriptions {
+            released.extend(self.held_back(&held.subscription.filter));
+        }
+        for topic in released {
+            self.consume(topic, None)?;
+        }
+        Ok(())
+    }
+
+    /// Trims an inbox to what every session kept for it has acked, and `acked`, if somebody did just now.
+    fn consume(&mut self, id: TopicId, acked: Option<u64>) -> StoreResult<()> {
+        let topic = self.index.at(id);
+        if !topic.retention.consumed || acked.is_some_and(|acked| acked <= topic.trimmed) {
+            return Ok(());
+        }
+        let (name, trimmed) = (topic.name.clone(), topic.trimmed);
+        let mut sessions = BTreeSet::new();
+        self.index.subscribers.matching(&name, |ids| sessions.extend(ids.iter().copied()));
+        let mut consumed = acked;
+        for session in sessions {
+            let standing = self.standing(session, id)?;
+            consumed = Some(consumed.map_or(standing, |consumed| consumed.min(standing)));
+            if consumed <= Some(trimmed) {
+                return Ok(());
+            }
+        }
+        if let Some(consumed) = consumed
+            && self.index.trim_to(id, consumed)
+        {
+            self.pending.topics.insert(id);
+            self.index.schedule_age(id);
+        }
+        Ok(())
+    }
+}
+
+/// Where a new subscription to exactly this topic begins.
+pub fn start(index: &index::Index, id: TopicId) -> u64 {
+    let topic = index.at(id);
+    if is_inbox(&topic.name) { topic.trimmed } else { topic.seq }
+}

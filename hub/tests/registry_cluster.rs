@@ -1,0 +1,10 @@
+//! The registry with a real keeper and a real saver, seen from where a gateway and a publisher stand.
+
+#[path = "registry_cluster/broadcasts.rs"]
+mod broadcasts;
+#[path = "registry_cluster/harness.rs"]
+mod harness;
+#[path = "registry_cluster/presence.rs"]
+mod presence;
+#[path = "registry_cluster/publishing.rs"]
+mod publishing;
