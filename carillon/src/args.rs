@@ -1,0 +1,426 @@
+//! The command line: every command and flag, each flag also an environment variable `CARILLON_…`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use carillon_agent::Role;
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+/// Where everything of one machine is kept unless said otherwise.
+pub const DEFAULT_DATA_DIR: &str = "./carillon-data";
+/// Where `carillon dev` answers unless said otherwise.
+pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:8080";
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  done
+  1  refused or failed; stderr says why
+  2  the command line is wrong
+  3  nothing answers there: worth trying again later";
+
+/// Push messages to users, groups and everyone, over MQTT.
+#[derive(Debug, Parser)]
+#[command(name = "carillon", version, after_help = AFTER_HELP, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run everything in one process, on this machine: the quickest way to a push
+    Dev(DevArgs),
+    /// Run the keeper: configuration, discovery, slots
+    Keeper(KeeperArgs),
+    /// Run a hub: registry, center, saver, coordinator, dispatcher, or some of them
+    Hub(HubArgs),
+    /// Run a gateway: it holds the devices' connections
+    Gateway(GatewayArgs),
+
+    /// Push a message to a user (or to a group, or a topic)
+    Push(PushArgs),
+    /// Push a message to everyone in the app, at a rate, and watch how far it is
+    Broadcast(BroadcastArgs),
+    /// Be a device: print what it receives
+    Listen(ListenArgs),
+    /// Show the app's live numbers, or whether a user is online
+    Status(StatusArgs),
+    /// Disconnect all devices of a user
+    Kick(KickArgs),
+    /// Read and change the cluster's configuration, live
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print the version
+    Version(VersionArgs),
+    /// Print the completions of a shell: source them, or put them where the shell looks
+    Completions { shell: clap_complete::Shell },
+}
+
+// --- processes ---
+
+#[derive(Debug, Clone, Args)]
+pub struct LogArgs {
+    /// What is logged: error, warn, info, debug, trace, or directives as `info,carillon_gateway=debug`
+    #[arg(long, env = "CARILLON_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    pub log_level: String,
+    /// How: text for people, json for machines, auto = text on a terminal
+    #[arg(long, env = "CARILLON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Auto,
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DevArgs {
+    /// Where everything is kept; made when it is not there
+    #[arg(long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath)]
+    pub data_dir: PathBuf,
+    /// MQTT for devices. Port 0 = a free one, also below
+    #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
+    pub mqtt: SocketAddr,
+    /// MQTT over WebSocket, for browsers
+    #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
+    pub ws: SocketAddr,
+    /// The API for backends, and the console
+    #[arg(long, env = "CARILLON_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub http: SocketAddr,
+    /// Metrics and health
+    #[arg(long, env = "CARILLON_OPS", default_value = "127.0.0.1:9090", value_name = "ADDRESS")]
+    pub ops: SocketAddr,
+    /// Threads that hold connections; 0 = one for each CPU
+    #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
+    pub shards: usize,
+    /// How long stopping may take
+    #[arg(long, env = "CARILLON_DRAIN_SECONDS", default_value_t = 10, value_name = "SECONDS")]
+    pub drain_seconds: u64,
+    /// What is printed once it serves: a page for people, or one line of JSON
+    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text)]
+    pub output: OutputFormat,
+    // Quieter than the roles by themselves: the terminal belongs to the page it prints.
+    /// What is logged: error, warn, info, debug, trace, or directives as `info,carillon_gateway=debug`
+    #[arg(long, env = "CARILLON_LOG_LEVEL", default_value = "warn", value_name = "LEVEL")]
+    pub log_level: String,
+    /// How: text for people, json for machines, auto = text on a terminal
+    #[arg(long, env = "CARILLON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
+}
+
+/// What every process of a cluster has.
+#[derive(Debug, Clone, Args)]
+pub struct ProcessArgs {
+    /// Where its identity and its data are kept
+    #[arg(long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath)]
+    pub data_dir: PathBuf,
+    /// Metrics and health
+    #[arg(long, env = "CARILLON_OPS", default_value = "127.0.0.1:9090", value_name = "ADDRESS")]
+    pub ops: SocketAddr,
+    /// How long stopping may take
+    #[arg(long, env = "CARILLON_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS")]
+    pub drain_seconds: u64,
+    #[command(flatten)]
+    pub logs: LogArgs,
+}
+
+impl ProcessArgs {
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct KeeperArgs {
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// gRPC for all other processes. Anyone who reaches it may change the cluster: keep it inside
+    #[arg(long, env = "CARILLON_GRPC", default_value = "127.0.0.1:7400", value_name = "ADDRESS")]
+    pub grpc: SocketAddr,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct HubArgs {
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// The keeper's nodes
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL")]
+    pub keeper: Vec<String>,
+    /// Which roles
+    #[arg(
+        long, env = "CARILLON_ROLES", value_delimiter = ',', value_name = "ROLES",
+        default_value = "registry,center,saver,coordinator,dispatcher", value_parser = hub_role
+    )]
+    pub roles: Vec<Role>,
+    /// The API for backends, and the console
+    #[arg(long, env = "CARILLON_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub http: SocketAddr,
+    /// gRPC for the other processes of the cluster: keep it inside
+    #[arg(long, env = "CARILLON_GRPC", default_value = "127.0.0.1:7401", value_name = "ADDRESS")]
+    pub grpc: SocketAddr,
+    /// How others reach the gRPC address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_GRPC", value_name = "HOST:PORT")]
+    pub advertise_grpc: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct GatewayArgs {
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// The keeper's nodes
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL")]
+    pub keeper: Vec<String>,
+    /// MQTT for devices
+    #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
+    pub mqtt: SocketAddr,
+    /// MQTT over WebSocket
+    #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
+    pub ws: SocketAddr,
+    /// How devices reach the MQTT address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_MQTT", value_name = "HOST:PORT")]
+    pub advertise_mqtt: Option<String>,
+    /// How devices reach the WebSocket address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_WS", value_name = "HOST:PORT")]
+    pub advertise_ws: Option<String>,
+    /// Threads that hold connections; 0 = one for each CPU
+    #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
+    pub shards: usize,
+}
+
+fn hub_role(name: &str) -> Result<Role, String> {
+    let role: Role = name.trim().parse().map_err(|error: carillon_agent::UnknownRole| error.to_string())?;
+    if role == Role::Gateway {
+        Err("a hub has no gateway: run `carillon gateway`".to_owned())
+    } else {
+        Ok(role)
+    }
+}
+
+// --- commands for people ---
+
+/// Whom to talk to, and how to answer.
+#[derive(Debug, Clone, Args)]
+pub struct ClientArgs {
+    /// The app
+    #[arg(long, env = "CARILLON_APP", default_value = "demo", help_heading = "Connection")]
+    pub app: String,
+    /// The API's address [default: what `carillon dev` left in the data directory, else http://127.0.0.1:8080]
+    #[arg(long, env = "CARILLON_ENDPOINT", value_name = "URL", value_hint = ValueHint::Url, help_heading = "Connection")]
+    pub endpoint: Option<String>,
+    /// An API key of the app [default: what `carillon dev` left in the data directory]
+    #[arg(
+        long,
+        env = "CARILLON_API_KEY",
+        value_name = "KEY",
+        hide_env_values = true,
+        help_heading = "Connection"
+    )]
+    pub api_key: Option<String>,
+    /// Where `carillon dev` keeps its data
+    #[arg(
+        long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath,
+        help_heading = "Connection"
+    )]
+    pub data_dir: PathBuf,
+    /// How results are printed
+    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text, help_heading = "Connection")]
+    pub output: OutputFormat,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "carillon push [OPTIONS] <USER> <TEXT>\n       carillon push [OPTIONS] --group <GROUP> <TEXT>\n       carillon push [OPTIONS] --topic <TOPIC> <TEXT>"
+)]
+pub struct PushArgs {
+    /// The user, then the text; only the text with --group or --topic. `-` reads the text from standard input
+    #[arg(required = true, num_args = 1..=2, value_names = ["USER", "TEXT"])]
+    pub user_and_text: Vec<String>,
+    /// To a group
+    #[arg(long, conflicts_with = "topic")]
+    pub group: Option<String>,
+    /// To a topic, with or without the app's level
+    #[arg(long)]
+    pub topic: Option<String>,
+    /// 0: at most once; 1: at least once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub qos: u8,
+    /// Not delivered after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub ttl: Option<u32>,
+    /// Makes a retry harmless: a second push with the same id is the first one
+    #[arg(long)]
+    pub id: Option<String>,
+    /// Keep it for who is away, whatever the app's rules say
+    #[arg(long, conflicts_with = "no_store")]
+    pub store: bool,
+    /// Only for who is there now
+    #[arg(long)]
+    pub no_store: bool,
+    /// Also keep it as the topic's retained message: new subscribers get it first
+    #[arg(long)]
+    pub retain: bool,
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BroadcastArgs {
+    /// What to send; `-` reads it from standard input
+    pub text: String,
+    /// Sends per second over all gateways [default: the app's limit]
+    #[arg(long, value_name = "PER_SECOND")]
+    pub rate: Option<f64>,
+    /// Not delivered after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub ttl: Option<u32>,
+    /// Makes a retry harmless
+    #[arg(long)]
+    pub id: Option<String>,
+    /// Do not wait for the end
+    #[arg(long)]
+    pub detach: bool,
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ListenArgs {
+    /// As which user; its inbox and the broadcasts are subscribed to
+    #[arg(long, default_value = "me", env = "CARILLON_USER")]
+    pub user: String,
+    /// Only this topic filter, as an MQTT client would say it; may be repeated
+    #[arg(long)]
+    pub topic: Vec<String>,
+    /// Also this group; may be repeated
+    #[arg(long)]
+    pub group: Vec<String>,
+    /// 0 or 1: the highest quality of service wanted
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub qos: u8,
+    /// The client id, for a session that is kept [default: a random one, not kept]
+    #[arg(long, value_name = "ID")]
+    pub device: Option<String>,
+    /// How long the session is kept while away; needs --device
+    #[arg(long, value_name = "SECONDS", requires = "device", default_value_t = 0)]
+    pub session_expiry: u32,
+    /// The device's token (JWT); without one it is anonymous
+    #[arg(long, env = "CARILLON_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// A gateway's address, mqtt://host:port or ws://host:port/mqtt [default: the dispatcher is asked]
+    #[arg(long, value_name = "URL")]
+    pub gateway: Option<String>,
+    /// End after so many messages
+    #[arg(long, short = 'n', value_name = "MESSAGES")]
+    pub count: Option<u64>,
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The user; without one, the app's live numbers
+    pub user: Option<String>,
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct KickArgs {
+    pub user: String,
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct VersionArgs {
+    /// How it is printed
+    #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
+    pub output: OutputFormat,
+}
+
+/// Where the keeper is.
+#[derive(Debug, Clone, Args)]
+pub struct KeeperClientArgs {
+    /// The keeper's nodes [default: what `carillon dev` left in the data directory]
+    #[arg(
+        long,
+        env = "CARILLON_KEEPER",
+        value_delimiter = ',',
+        value_name = "URL",
+        help_heading = "Connection"
+    )]
+    pub keeper: Vec<String>,
+    /// Where `carillon dev` keeps its data
+    #[arg(
+        long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath,
+        help_heading = "Connection"
+    )]
+    pub data_dir: PathBuf,
+    /// How results are printed
+    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text, help_heading = "Connection")]
+    pub output: OutputFormat,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print a document with its defaults filled in; without one, list them
+    Get {
+        /// `gateway`, `hub`, `app/demo` …
+        document: Option<String>,
+        /// As it was at this revision
+        #[arg(long)]
+        revision: Option<u64>,
+        /// Only what was set, as it was written
+        #[arg(long)]
+        raw: bool,
+        #[command(flatten)]
+        keeper: KeeperClientArgs,
+    },
+    /// Change fields, or the whole document; running processes follow without a restart
+    Set {
+        /// `gateway`, `hub`, `app/demo` …
+        document: String,
+        /// `max_packet_bytes=1048576`, `limits.max_payload_bytes=1000`, `topics[0].store=false`; `field=` takes it out
+        #[arg(required_unless_present = "file", value_name = "FIELD=VALUE")]
+        fields: Vec<String>,
+        /// The whole document from a YAML file; `-` = standard input
+        #[arg(long, short, conflicts_with = "fields", value_hint = ValueHint::FilePath)]
+        file: Option<PathBuf>,
+        /// Why, for the history
+        #[arg(long, default_value = "")]
+        comment: String,
+        /// Only check it
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        keeper: KeeperClientArgs,
+    },
+    /// Who changed a document, when, and what it was
+    History {
+        document: String,
+        #[command(flatten)]
+        keeper: KeeperClientArgs,
+    },
+    /// Make a document what it was at an earlier revision
+    Rollback {
+        document: String,
+        revision: u64,
+        #[command(flatten)]
+        keeper: KeeperClientArgs,
+    },
+    /// Which revision each process has applied
+    Status {
+        document: Option<String>,
+        #[command(flatten)]
+        keeper: KeeperClientArgs,
+    },
+}

@@ -1,0 +1,193 @@
+//! `carillon keeper`, `hub` and `gateway`: one process of a cluster each, from the same parts as `carillon dev`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use carillon_agent::admin::Admin;
+use carillon_agent::app::App;
+use carillon_agent::document::DocumentKind;
+use carillon_agent::{Agent, Role};
+use carillon_gateway::config::GatewayConfig;
+use carillon_gateway::{Gateway, GatewayError, GatewayOptions, ListenError};
+use carillon_hub::config::HubConfig;
+use carillon_hub::{Hub, HubOptions};
+use carillon_keeper::{Keeper, KeeperHandle, KeeperOptions};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use crate::args::{GatewayArgs, HubArgs, KeeperArgs, ProcessArgs};
+use crate::data_dir::DataDir;
+use crate::logs::LogHandle;
+use crate::process::{Running, SharedKeeper, cannot_listen, listen};
+use crate::{commands, console, ops, roles};
+
+/// How long a hub waits at its start for the keeper to name the cluster, before it says so in the log.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Every kind of document that there is.
+fn document_kinds() -> Vec<DocumentKind> {
+    vec![DocumentKind::of::<GatewayConfig>(), DocumentKind::of::<HubConfig>(), DocumentKind::of::<App>()]
+}
+
+/// Starts the keeper on a listener; its data is in `keeper` below the data directory.
+pub async fn start_keeper(
+    data_dir: &DataDir,
+    cluster: Option<&str>,
+    grpc: TcpListener,
+    metrics: &prometheus::Registry,
+) -> anyhow::Result<KeeperHandle> {
+    let mut options = KeeperOptions::new(data_dir.path().join("keeper"), grpc, document_kinds());
+    options.cluster_id = cluster.map(str::to_owned);
+    options.registry = Some(metrics.clone());
+    Box::pin(Keeper::start(options)).await.context("the keeper does not start")
+}
+
+/// `carillon keeper`.
+pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Running> {
+    let process = Process::open(&args.process, "keeper").await?;
+    let grpc = listen(args.grpc, "--grpc", "gRPC for all other processes").await?;
+    let address = grpc.local_addr()?;
+    let keeper = start_keeper(&process.data_dir, None, grpc, &process.metrics).await?;
+    let keeper = SharedKeeper::new(keeper);
+    let watched = keeper.clone();
+    let running = process.running(Arc::new(move || watched.unmet()), args.process.drain());
+    tracing::info!(%address, "the keeper serves");
+    Ok(Running { keeper: Some(keeper), ..running })
+}
+
+/// `carillon hub`.
+pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
+    let process = Process::open(&args.process, "hub").await?;
+    let grpc = listen(args.grpc, "--grpc", "gRPC for other processes").await?;
+    let http = listen(args.http, "--http", "the API and the console").await?;
+    let agent = Agent::start(carillon_agent::Options { keepers: args.keeper.clone() });
+    let cluster = cluster_of(&args.keeper).await;
+    let mut advertise = BTreeMap::new();
+    advertise.extend(args.advertise_grpc.map(|address| ("grpc".to_owned(), address)));
+    let hub = Hub::start(
+        HubOptions {
+            instance_id: process.data_dir.instance(""),
+            incarnation: process.data_dir.incarnation(),
+            cluster,
+            roles: args.roles.clone(),
+            grpc,
+            http: Some(http),
+            data_dir: process.data_dir.path().to_owned(),
+            advertise,
+            labels: BTreeMap::new(),
+            console: console::router(),
+            metrics: process.metrics.clone(),
+        },
+        agent.clone(),
+    );
+    let hub = Box::pin(hub).await.context("the hub does not start")?;
+    let (watched, own) = (agent.clone(), args.roles);
+    let readiness = Arc::new(move || roles::unmet(&own, &watched));
+    let commands = carry_out_commands(&agent, logs);
+    let running = process.running(readiness, args.process.drain());
+    Ok(Running { hub: Some(hub), agent: Some(agent), commands: Some(commands), ..running })
+}
+
+/// `carillon gateway`.
+pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Running> {
+    let process = Process::open(&args.process, "gateway").await?;
+    let agent = Agent::start(carillon_agent::Options { keepers: args.keeper });
+    let mut advertise = BTreeMap::new();
+    advertise.extend(args.advertise_mqtt.map(|address| ("mqtt".to_owned(), address)));
+    advertise.extend(args.advertise_ws.map(|address| ("ws".to_owned(), address)));
+    let gateway = Gateway::start(
+        GatewayOptions {
+            instance_id: process.data_dir.instance(""),
+            incarnation: process.data_dir.incarnation(),
+            mqtt: vec![args.mqtt],
+            websocket: vec![args.ws],
+            advertise,
+            shards: args.shards,
+            metrics: process.metrics.clone(),
+        },
+        agent.clone(),
+    )
+    .map_err(|error| gateway_error(error, args.mqtt, args.ws))?;
+    let (watched, ready) = (agent.clone(), gateway.readiness());
+    let readiness = Arc::new(move || {
+        let mut reasons = roles::unmet(&[Role::Gateway], &watched);
+        reasons.extend(ready.reasons());
+        reasons
+    });
+    let commands = carry_out_commands(&agent, logs);
+    tracing::info!(mqtt = ?gateway.mqtt(), ws = ?gateway.websocket(), "the gateway serves");
+    let running = process.running(readiness, args.process.drain());
+    Ok(Running { gateway: Some(gateway), agent: Some(agent), commands: Some(commands), ..running })
+}
+
+/// Says which flag changes an address that cannot be listened on.
+pub fn gateway_error(error: GatewayError, mqtt: SocketAddr, ws: SocketAddr) -> anyhow::Error {
+    let (address, error) = match error {
+        GatewayError::Listen(ListenError::InUse(address)) => (address, std::io::ErrorKind::AddrInUse.into()),
+        GatewayError::Listen(ListenError::Other { address, error }) => (address, error),
+        error => return anyhow::Error::new(error).context("the gateway does not start"),
+    };
+    let (flag, purpose) = match address {
+        _ if address == mqtt => ("--mqtt", "MQTT"),
+        _ if address == ws => ("--ws", "MQTT over WebSocket"),
+        _ => ("--mqtt or --ws", "MQTT"),
+    };
+    cannot_listen(address, flag, purpose, &error)
+}
+
+fn carry_out_commands(agent: &Agent, logs: LogHandle) -> JoinHandle<()> {
+    let agent = agent.clone();
+    tokio::spawn(async move { commands::serve(&agent, logs).await })
+}
+
+/// The cluster's id, which only the keeper knows; waits for it as long as it takes.
+async fn cluster_of(keepers: &[String]) -> String {
+    let admin = Admin::new(keepers.to_vec());
+    let mut said = false;
+    let began = tokio::time::Instant::now();
+    loop {
+        match admin.status().await {
+            Ok(status) => return status.cluster_id,
+            Err(error) if !said && began.elapsed() > KEEPER_PATIENCE => {
+                tracing::warn!(%error, "waiting for the keeper");
+                said = true;
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// What every process of a cluster begins with.
+struct Process {
+    data_dir: DataDir,
+    ops: TcpListener,
+    metrics: prometheus::Registry,
+}
+
+impl Process {
+    async fn open(args: &ProcessArgs, command: &str) -> anyhow::Result<Self> {
+        let data_dir = DataDir::open(&args.data_dir, command)?;
+        let ops = listen(args.ops, "--ops", "metrics and health").await?;
+        let metrics = prometheus::Registry::new();
+        ops::register_process(&metrics, command)?;
+        Ok(Process { data_dir, ops, metrics })
+    }
+
+    /// Serves its metrics and health; the parts are added by the caller.
+    fn running(self, readiness: ops::Readiness, drain_within: Duration) -> Running {
+        Running {
+            drain_within,
+            gateway: None,
+            hub: None,
+            agent: None,
+            keeper: None,
+            ops: ops::serve(self.ops, self.metrics, readiness),
+            commands: None,
+            data_dir: self.data_dir,
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Structured logs to stderr, whose level can be changed while the process runs.
+
+use std::io::IsTerminal;
+
+use anyhow::Context;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+use crate::args::LogFormat;
+
+/// Changes the level of the running process.
+#[derive(Clone)]
+pub struct LogHandle {
+    filter: reload::Handle<EnvFilter, Registry>,
+}
+
+/// Begins logging. `level` is a level or directives: `info,carillon_gateway=debug`.
+pub fn start(level: &str, format: LogFormat) -> anyhow::Result<LogHandle> {
+    let (filter, handle) = reload::Layer::new(parse(level)?);
+    let terminal = std::io::stderr().is_terminal();
+    let json = match format {
+        LogFormat::Auto => !terminal,
+        LogFormat::Text => false,
+        LogFormat::Json => true,
+    };
+    let registry = tracing_subscriber::registry().with(filter);
+    if json {
+        let layer = fmt::layer().json().flatten_event(true).with_writer(std::io::stderr);
+        registry.with(layer).try_init()
+    } else {
+        registry
+            .with(fmt::layer().with_ansi(terminal).with_target(false).with_writer(std::io::stderr))
+            .try_init()
+    }
+    .context("cannot begin to log")?;
+    Ok(LogHandle { filter: handle })
+}
+
+impl LogHandle {
+    /// Sets another level or other directives.
+    pub fn set(&self, level: &str) -> anyhow::Result<()> {
+        let filter = parse(level)?;
+        self.filter.reload(filter).context("cannot change the log level")
+    }
+}
+
+fn parse(level: &str) -> anyhow::Result<EnvFilter> {
+    EnvFilter::try_new(level).with_context(|| {
+        format!("{level:?} is no log level: use error, warn, info, debug, trace, or directives")
+    })
+}
