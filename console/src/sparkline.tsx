@@ -41,7 +41,7 @@ export function Sparkline(props: { values: number[]; label: string; format: (val
       </svg>
       {!props.small && (
         <span class="spark-note" aria-hidden="true">
-          {hovered === undefined ? `max ${props.format(top)}` : `${props.format(hovered)} · ${values.length - 1 - (at ?? 0)} s ago`}
+          {hovered === undefined ? `max ${props.format(Math.max(...values, 0))}` : `${props.format(hovered)} · ${values.length - 1 - (at ?? 0)} s ago`}
         </span>
       )}
     </div>

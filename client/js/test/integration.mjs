@@ -30,15 +30,19 @@ function device(endpoint, user, clientId = `js-${randomUUID()}`) {
   return { client, messages };
 }
 
-async function push(user, payload, more = {}) {
-  const response = await fetch(`${http}/v1/apps/${app}/users/${user}/messages`, {
-    method: 'POST',
-    headers: { authorization: `Bearer ${key}`, 'content-type': 'application/json' },
-    body: JSON.stringify({ payload, ...more }),
+async function call(method, path, body) {
+  const response = await fetch(`${http}/v1/apps/${app}/${path}`, {
+    method,
+    headers: { authorization: `Bearer ${key}`, ...(body && { 'content-type': 'application/json' }) },
+    ...(body && { body: JSON.stringify(body) }),
   });
-  const body = await response.json();
-  assert.equal(response.status, 202, JSON.stringify(body));
-  return body;
+  const answer = await response.json();
+  assert.ok(response.ok, JSON.stringify(answer));
+  return answer;
+}
+
+function push(user, payload) {
+  return call('POST', `users/${user}/messages`, { payload });
 }
 
 async function eventually(check, what) {
@@ -119,11 +123,21 @@ for (const gateway of gateways) {
     assert.equal(messages[0].properties.trace, 'abc');
   });
 
-  test(`${over}: upstream messages are accepted; another user's inbox is refused`, async () => {
+  test(`${over}: upstream messages are accepted and kept for the backend`, async () => {
+    const kind = `seen-${randomUUID()}`;
     const { client } = device(gateway, `js-${randomUUID()}`);
-    await client.publishUp('seen', '{"page":1}');
-    await assert.rejects(client.publish('u/somebody', 'no'), (error) => error.code === 'refused');
-    await assert.rejects(client.subscribe('u/somebody'), (error) => error.code === 'refused');
+    await client.publishUp(kind, '{"page":1}');
+    const { messages } = await client.history(`up/${kind}`);
+    assert.deepEqual(messages.map((m) => [m.text, m.publisher]), [['{"page":1}', client.user]]);
+  });
+
+  test(`${over}: a kicked device learns it, and stays away`, async () => {
+    const { client } = device(gateway, `js-${randomUUID()}`);
+    await client.ready();
+    const ended = new Promise((resolve) => client.onState((status) => status.state === 'closed' && resolve(status)));
+    await eventually(async () => (await call('GET', `users/${client.user}`)).online, 'the user is online');
+    assert.equal((await call('DELETE', `users/${client.user}/sessions`)).kicked, 1);
+    assert.equal((await ended).error.code, 'kicked');
   });
 }
 
