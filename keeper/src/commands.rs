@@ -31,10 +31,15 @@ fn is_open(state: CommandState) -> bool {
 }
 
 impl Core {
-    pub(crate) async fn send_command(&self, request: v1::SendCommandRequest) -> Result<v1::CommandRecord, Status> {
+    pub(crate) async fn send_command(
+        &self,
+        request: v1::SendCommandRequest,
+    ) -> Result<v1::CommandRecord, Status> {
         let timeout_ms = if request.timeout_ms == 0 { DEFAULT_TIMEOUT_MS } else { request.timeout_ms };
         if !TIMEOUT_MS.contains(&timeout_ms) {
-            return Err(Status::invalid_argument(format!("timeout_ms is {timeout_ms}, it must be from 100 to 600000")));
+            return Err(Status::invalid_argument(format!(
+                "timeout_ms is {timeout_ms}, it must be from 100 to 600000"
+            )));
         }
         if request.name.is_empty() || request.encoded_len() > MAX_COMMAND_BYTES {
             let text = format!("a command needs a name, and may be at most {MAX_COMMAND_BYTES} bytes");
@@ -119,7 +124,10 @@ impl Core {
 
     pub(crate) async fn answer_command(&self, mut request: v1::AnswerCommandRequest) -> Result<(), Status> {
         let state = request.state();
-        if !matches!(state, CommandState::CommandRunning | CommandState::CommandDone | CommandState::CommandFailed) {
+        if !matches!(
+            state,
+            CommandState::CommandRunning | CommandState::CommandDone | CommandState::CommandFailed
+        ) {
             return Err(Status::invalid_argument("state must be RUNNING, DONE or FAILED"));
         }
         truncate(&mut request.output, MAX_OUTPUT_BYTES);

@@ -52,18 +52,22 @@ impl Core {
         let (kind, name) = keys::split_document(document);
         let Some(found) = self.kinds.iter().find(|known| known.kind == kind) else {
             let known = self.kinds.iter().map(|known| known.kind).collect::<Vec<_>>().join(", ");
-            return Err(Status::invalid_argument(format!("there is no kind of document {kind:?}; there are: {known}")));
+            return Err(Status::invalid_argument(format!(
+                "there is no kind of document {kind:?}; there are: {known}"
+            )));
         };
         match (found.named, name) {
-            (true, Some(name)) if !name.is_empty() && name.len() <= MAX_NAME_BYTES && !name.contains('/') => Ok(found),
+            (true, Some(name)) if !name.is_empty() && name.len() <= MAX_NAME_BYTES && !name.contains('/') => {
+                Ok(found)
+            }
             (true, _) => {
                 let text = format!("{document:?} needs a name without slashes, like {kind}/example");
                 Err(Status::invalid_argument(text))
             }
             (false, None) => Ok(found),
-            (false, Some(_)) => {
-                Err(Status::invalid_argument(format!("there is one document {kind} in a cluster, it has no name")))
-            }
+            (false, Some(_)) => Err(Status::invalid_argument(format!(
+                "there is one document {kind} in a cluster, it has no name"
+            ))),
         }
     }
 
@@ -82,8 +86,10 @@ impl Core {
                 Err(Refusal::Status(status)) => return Err(status),
                 Err(Refusal::Violations(violations)) => {
                     self.metrics.refused.with_label_values(&[kind.kind]).inc();
-                    let violations =
-                        violations.into_iter().map(|v| v1::Violation { path: v.path, message: v.message }).collect();
+                    let violations = violations
+                        .into_iter()
+                        .map(|v| v1::Violation { path: v.path, message: v.message })
+                        .collect();
                     Outcome::Refused(ConfigRefused { violations })
                 }
             };
@@ -115,7 +121,9 @@ impl Core {
         let (yaml, what) = match &request.change {
             None => return Err(Status::invalid_argument("the change is missing").into()),
             Some(Change::Yaml(yaml)) => (Some(yaml.clone()), String::new()),
-            Some(Change::Sets(sets)) => (Some(set(kind, name, present_yaml, &sets.sets)?), set_text(&sets.sets)),
+            Some(Change::Sets(sets)) => {
+                (Some(set(kind, name, present_yaml, &sets.sets)?), set_text(&sets.sets))
+            }
             Some(Change::RollbackTo(to)) => (self.yaml_at(document, *to)?, format!("rolled back to {to}")),
             Some(Change::Delete(_)) => (None, "deleted".to_owned()),
         };
@@ -174,10 +182,15 @@ impl Core {
     ) -> Result<(), Refusal> {
         if yaml.len() > MAX_DOCUMENT_BYTES.min(self.limits.request_bytes) {
             let most = MAX_DOCUMENT_BYTES.min(self.limits.request_bytes);
-            return Err(Violation::new("", format!("is {} bytes long, at most {most} are allowed", yaml.len())).into());
+            return Err(Violation::new(
+                "",
+                format!("is {} bytes long, at most {most} are allowed", yaml.len()),
+            )
+            .into());
         }
         (kind.check)(name, yaml).map_err(Refusal::Violations)?;
-        let mut violations = current.map_or_else(Vec::new, |current| (kind.check_change)(name, &current.yaml, yaml));
+        let mut violations =
+            current.map_or_else(Vec::new, |current| (kind.check_change)(name, &current.yaml, yaml));
         if let Some(name) = name {
             let others = self.documents(kind.kind)?.into_iter().filter(|other| other.document != document);
             let others: BTreeMap<String, String> = others
@@ -196,7 +209,9 @@ impl Core {
         };
         let all = records.into_iter().map(|(key, value)| decode::<v1::ConfigRevision>(&key, value));
         all.filter(|found| {
-            found.as_ref().map_or(true, |found| kind.is_empty() || keys::split_document(&found.document).0 == kind)
+            found
+                .as_ref()
+                .map_or(true, |found| kind.is_empty() || keys::split_document(&found.document).0 == kind)
         })
         .collect()
     }
@@ -232,7 +247,10 @@ impl Core {
         Err(Status::not_found(text))
     }
 
-    pub(crate) async fn get_config(&self, request: v1::GetConfigRequest) -> Result<v1::GetConfigResponse, Status> {
+    pub(crate) async fn get_config(
+        &self,
+        request: v1::GetConfigRequest,
+    ) -> Result<v1::GetConfigResponse, Status> {
         let document = &request.document;
         let kind = self.kind_of(document)?;
         let (_, name) = keys::split_document(document);
@@ -242,7 +260,9 @@ impl Core {
         } else {
             match self.read::<v1::ConfigRevision>(&keys::config(document))? {
                 Some((_, current)) => current,
-                None if kind.named => return Err(Status::not_found(format!("there is no document {document}"))),
+                None if kind.named => {
+                    return Err(Status::not_found(format!("there is no document {document}")));
+                }
                 None => v1::ConfigRevision { document: document.clone(), ..Default::default() },
             }
         };
@@ -291,7 +311,12 @@ fn set_text(sets: &[v1::ConfigSet]) -> String {
 }
 
 /// The document with some fields changed.
-fn set(kind: &DocumentKind, name: Option<&str>, present: &str, sets: &[v1::ConfigSet]) -> Result<String, Refusal> {
+fn set(
+    kind: &DocumentKind,
+    name: Option<&str>,
+    present: &str,
+    sets: &[v1::ConfigSet],
+) -> Result<String, Refusal> {
     if sets.is_empty() || sets.len() > MAX_SETS {
         return Err(Status::invalid_argument(format!("a change has from 1 to {MAX_SETS} fields")).into());
     }

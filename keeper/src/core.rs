@@ -89,7 +89,8 @@ impl Core {
     pub(crate) fn check_quota(&self, more: usize) -> Result<(), Status> {
         let (used, quota) = (self.node.state().bytes(), self.limits.quota_bytes);
         if used + more > quota {
-            let text = format!("the keeper's store is full ({used} of {quota} bytes): delete something first");
+            let text =
+                format!("the keeper's store is full ({used} of {quota} bytes): delete something first");
             return Err(Status::resource_exhausted(text));
         }
         Ok(())

@@ -22,7 +22,11 @@ fn check_ttl(ttl_ms: u64) -> Result<(), Status> {
     if TTL_MS.contains(&ttl_ms) {
         return Ok(());
     }
-    Err(Status::invalid_argument(format!("ttl_ms is {ttl_ms}, it must be from {} to {}", TTL_MS.start(), TTL_MS.end())))
+    Err(Status::invalid_argument(format!(
+        "ttl_ms is {ttl_ms}, it must be from {} to {}",
+        TTL_MS.start(),
+        TTL_MS.end()
+    )))
 }
 
 fn new_lease() -> u64 {
@@ -56,19 +60,30 @@ impl Core {
         if self.leases.renew(lease, ttl_ms, Instant::now()) {
             return Ok(v1::LeaseKeepAliveResponse { ttl_ms });
         }
-        if self.leases.leads() { Err(lease_gone(lease)) } else { Err(Status::unavailable("this keeper is taking over")) }
+        if self.leases.leads() {
+            Err(lease_gone(lease))
+        } else {
+            Err(Status::unavailable("this keeper is taking over"))
+        }
     }
 
     pub(crate) async fn revoke_lease(&self, lease: u64) -> Result<(), Status> {
         self.write(v1::TxnRequest { then: vec![revoke(lease)], ..Default::default() }).await.map(drop)
     }
 
-    pub(crate) async fn register(&self, request: v1::RegisterRequest) -> Result<v1::RegisterResponse, Status> {
-        let Some(mut instance) = request.instance else { return Err(Status::invalid_argument("instance is missing")) };
+    pub(crate) async fn register(
+        &self,
+        request: v1::RegisterRequest,
+    ) -> Result<v1::RegisterResponse, Status> {
+        let Some(mut instance) = request.instance else {
+            return Err(Status::invalid_argument("instance is missing"));
+        };
         keys::check_instance(&instance.id)
             .map_err(|what| Status::invalid_argument(format!("instance id {:?} {what}", instance.id)))?;
         if instance.encoded_len() > MAX_INSTANCE_BYTES {
-            return Err(Status::invalid_argument(format!("the record is larger than {MAX_INSTANCE_BYTES} bytes")));
+            return Err(Status::invalid_argument(format!(
+                "the record is larger than {MAX_INSTANCE_BYTES} bytes"
+            )));
         }
         let default = u64::try_from(self.limits.instance_ttl.as_millis()).unwrap_or(u64::MAX);
         let ttl_ms = if request.ttl_ms == 0 { default } else { request.ttl_ms };
@@ -110,18 +125,24 @@ impl Core {
                 return Ok(v1::RegisterResponse { lease, ttl_ms });
             }
         }
-        Err(Status::aborted(format!("instance {} is being registered by others at the same time", instance.id)))
+        Err(Status::aborted(format!(
+            "instance {} is being registered by others at the same time",
+            instance.id
+        )))
     }
 
     pub(crate) async fn list_instances(&self) -> Result<v1::ListInstancesResponse, Status> {
         self.node.linearize().await?;
         let (instances, slots) = {
             let state = self.node.state();
-            let instances: Vec<_> =
-                state.prefix(keys::INSTANCES).map(|(key, item)| (key.to_owned(), item.value.clone())).collect();
+            let instances: Vec<_> = state
+                .prefix(keys::INSTANCES)
+                .map(|(key, item)| (key.to_owned(), item.value.clone()))
+                .collect();
             (instances, state.get(keys::SLOTS).map(|item| (item.mod_revision, item.value.clone())))
         };
-        let instances = instances.into_iter().map(|(key, value)| decode(&key, value)).collect::<Result<_, _>>()?;
+        let instances =
+            instances.into_iter().map(|(key, value)| decode(&key, value)).collect::<Result<_, _>>()?;
         let (slots_revision, slots) = match slots {
             Some((revision, value)) => (revision, Some(decode(keys::SLOTS, value)?)),
             None => (0, None),
@@ -135,9 +156,13 @@ impl Core {
         }
         let mut then = Vec::new();
         for applied in &request.applied {
-            keys::check_instance(&applied.instance)
-                .map_err(|what| Status::invalid_argument(format!("instance id {:?} {what}", applied.instance)))?;
-            self.kind_of(&applied.document)?;
+            keys::check_instance(&applied.instance).map_err(|what| {
+                Status::invalid_argument(format!("instance id {:?} {what}", applied.instance))
+            })?;
+            // A newer process may know kinds that this keeper does not.
+            if self.kind_of(&applied.document).is_err() {
+                continue;
+            }
             let mut applied = applied.clone();
             truncate(&mut applied.refusal, 4096);
             then.push(put(&keys::applied(&applied.instance, &applied.document), &applied, request.lease));

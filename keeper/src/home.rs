@@ -58,7 +58,8 @@ impl Home {
         if !identity_path.exists() {
             refuse_foreign(path)?;
         }
-        let lock = File::options().create(true).truncate(false).write(true).open(path.join(LOCK)).map_err(io)?;
+        let lock =
+            File::options().create(true).truncate(false).write(true).open(path.join(LOCK)).map_err(io)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(HomeError::InUse { path: path.to_owned() }),
@@ -68,7 +69,8 @@ impl Home {
             read(&identity_path)?
         } else {
             let cluster_id = expected_cluster.map_or_else(|| Uuid::new_v4().to_string(), str::to_owned);
-            let identity = Identity { format: FORMAT, cluster_id, node_id: rand::rng().random_range(1..=u64::MAX) };
+            let identity =
+                Identity { format: FORMAT, cluster_id, node_id: rand::rng().random_range(1..=u64::MAX) };
             write(path, &identity).map_err(io)?;
             tracing::info!(cluster = identity.cluster_id, node = identity.node_id, "new keeper founded");
             identity
@@ -100,7 +102,8 @@ fn read(path: &Path) -> Result<Identity, HomeError> {
     let text = fs::read(path).map_err(|source| HomeError::Io { path: path.to_owned(), source })?;
     let damaged = |reason: String| HomeError::Damaged { path: path.to_owned(), reason };
     // The format first: a later one may look different in the rest.
-    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
     match value.get("format").and_then(serde_json::Value::as_u64) {
         Some(format) if format == u64::from(FORMAT) => {}
         Some(format) => {

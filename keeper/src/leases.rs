@@ -31,7 +31,8 @@ impl Leases {
     /// This node leads from now on: every lease gets its whole time again, and `grace`, because its holder may first
     /// have to find this node.
     fn begin(&self, state: &State, grace: Duration, now: Instant) {
-        let deadlines = state.leases().map(|(lease, ttl_ms)| (lease, now + Duration::from_millis(ttl_ms) + grace));
+        let deadlines =
+            state.leases().map(|(lease, ttl_ms)| (lease, now + Duration::from_millis(ttl_ms) + grace));
         *self.deadlines.lock() = Some(deadlines.collect());
     }
 
@@ -143,7 +144,10 @@ async fn lead(core: &Core, leader: Leadership) -> Result<(), Unavailable> {
         let now = Instant::now();
         let late = now.saturating_duration_since(planned);
         if late > STALL {
-            tracing::warn!(late_ms = late.as_millis() as u64, "this process stood still, leases are extended");
+            tracing::warn!(
+                late_ms = late.as_millis() as u64,
+                "this process stood still, leases are extended"
+            );
             core.leases.extend_all(late + core.limits.lease_grace);
             continue;
         }

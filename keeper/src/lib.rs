@@ -29,10 +29,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
-pub use crate::core::Limits;
-pub use crate::home::HomeError;
 use crate::core::Core;
+pub use crate::core::Limits;
 use crate::home::Home;
+pub use crate::home::HomeError;
 use crate::leases::Leases;
 use crate::metrics::Metrics;
 use crate::raft::{Node, NodeError};
@@ -151,7 +151,14 @@ impl Keeper {
             let failure = core.node.failure().borrow().clone();
             return Err(failure.map_or(KeeperError::NoLeader, KeeperError::Node));
         }
-        let registered = options.registry.map(|registry| metrics::register(&core, registry)).transpose()?;
+        let registered = match options.registry.map(|registry| metrics::register(&core, registry)).transpose()
+        {
+            Ok(registered) => registered,
+            Err(error) => {
+                core.node.stop().await;
+                return Err(error.into());
+            }
+        };
         let mut tasks = JoinSet::new();
         tasks.spawn(leases::run(core.clone()));
         tasks.spawn(slots::run(core.clone()));

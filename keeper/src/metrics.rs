@@ -87,7 +87,16 @@ struct Scrape {
 /// Puts the keeper's metrics into a registry; they are taken out again when the answer is dropped.
 pub(crate) fn register(core: &Arc<Core>, registry: Registry) -> Result<Registered, prometheus::Error> {
     let read = [
-        LEADER, TERM, LOG_INDEX, APPLIED_INDEX, SNAPSHOT_INDEX, LOG_BYTES, REVISION, KEYS, STORE_BYTES, QUOTA_BYTES,
+        LEADER,
+        TERM,
+        LOG_INDEX,
+        APPLIED_INDEX,
+        SNAPSHOT_INDEX,
+        LOG_BYTES,
+        REVISION,
+        KEYS,
+        STORE_BYTES,
+        QUOTA_BYTES,
         LEASES,
     ];
     let mut gauges = Vec::new();

@@ -88,7 +88,11 @@ pub(crate) struct Node {
 
 impl Node {
     /// Starts the node: recovers what is on disk, founds a cluster of one when there is nothing.
-    pub(crate) async fn start(id: u64, directory: &Path, address: String) -> Result<(Node, JoinHandle<()>), NodeError> {
+    pub(crate) async fn start(
+        id: u64,
+        directory: &Path,
+        address: String,
+    ) -> Result<(Node, JoinHandle<()>), NodeError> {
         let log_path = directory.join("log");
         let snapshot_path = directory.join("snapshot");
         let (log, machine) = open(log_path, snapshot_path).await?;

@@ -50,7 +50,8 @@ fn check_key(key: &str, what: &str) -> Result<(), Status> {
 fn check_own(key: &str, prefix: bool) -> Result<(), Status> {
     let touches = key.starts_with(keys::OWN) || (prefix && keys::OWN.starts_with(key));
     if touches {
-        let text = format!("{key:?} is the keeper's own: use the calls for configuration, instances and commands");
+        let text =
+            format!("{key:?} is the keeper's own: use the calls for configuration, instances and commands");
         return Err(Status::permission_denied(text));
     }
     Ok(())
@@ -85,16 +86,24 @@ impl Core {
     async fn txn(&self, request: v1::TxnRequest) -> Result<v1::TxnResponse, Status> {
         let most = self.limits.transaction_ops;
         if request.compare.len() > most || request.then.len() > most || request.otherwise.len() > most {
-            return Err(Status::invalid_argument(format!("more than {most} operations or compares in a transaction")));
+            return Err(Status::invalid_argument(format!(
+                "more than {most} operations or compares in a transaction"
+            )));
         }
         let bytes = request.encoded_len();
         if bytes > self.limits.request_bytes {
-            let text = format!("the transaction has {bytes} bytes, at most {} are allowed", self.limits.request_bytes);
+            let text = format!(
+                "the transaction has {bytes} bytes, at most {} are allowed",
+                self.limits.request_bytes
+            );
             return Err(Status::invalid_argument(text));
         }
         for compare in &request.compare {
             if compare.target.is_none() {
-                return Err(Status::invalid_argument(format!("the compare of {:?} has no target", compare.key)));
+                return Err(Status::invalid_argument(format!(
+                    "the compare of {:?} has no target",
+                    compare.key
+                )));
             }
         }
         let mut puts = false;
@@ -176,18 +185,27 @@ impl Keeper for Service {
         self.core.grant_lease(request.into_inner().ttl_ms).await.map(Response::new)
     }
 
-    async fn lease_keep_alive(&self, request: Request<v1::LeaseKeepAliveRequest>) -> Answer<v1::LeaseKeepAliveResponse> {
+    async fn lease_keep_alive(
+        &self,
+        request: Request<v1::LeaseKeepAliveRequest>,
+    ) -> Answer<v1::LeaseKeepAliveResponse> {
         self.count("lease_keep_alive");
         self.core.keep_alive(request.into_inner().lease).map(Response::new)
     }
 
-    async fn lease_revoke(&self, request: Request<v1::LeaseRevokeRequest>) -> Answer<v1::LeaseRevokeResponse> {
+    async fn lease_revoke(
+        &self,
+        request: Request<v1::LeaseRevokeRequest>,
+    ) -> Answer<v1::LeaseRevokeResponse> {
         self.count("lease_revoke");
         self.core.revoke_lease(request.into_inner().lease).await?;
         Ok(Response::new(v1::LeaseRevokeResponse {}))
     }
 
-    async fn publish_config(&self, request: Request<v1::PublishConfigRequest>) -> Answer<v1::PublishConfigResponse> {
+    async fn publish_config(
+        &self,
+        request: Request<v1::PublishConfigRequest>,
+    ) -> Answer<v1::PublishConfigResponse> {
         self.count("publish_config");
         self.core.publish_config(request.into_inner()).await.map(Response::new)
     }
@@ -202,22 +220,34 @@ impl Keeper for Service {
         self.core.list_config(&request.into_inner().kind).await.map(Response::new)
     }
 
-    async fn config_history(&self, request: Request<v1::ConfigHistoryRequest>) -> Answer<v1::ConfigHistoryResponse> {
+    async fn config_history(
+        &self,
+        request: Request<v1::ConfigHistoryRequest>,
+    ) -> Answer<v1::ConfigHistoryResponse> {
         self.count("config_history");
         self.core.config_history(request.into_inner()).await.map(Response::new)
     }
 
-    async fn config_kinds(&self, _request: Request<v1::ConfigKindsRequest>) -> Answer<v1::ConfigKindsResponse> {
+    async fn config_kinds(
+        &self,
+        _request: Request<v1::ConfigKindsRequest>,
+    ) -> Answer<v1::ConfigKindsResponse> {
         self.count("config_kinds");
         Ok(Response::new(self.core.config_kinds()))
     }
 
-    async fn config_status(&self, request: Request<v1::ConfigStatusRequest>) -> Answer<v1::ConfigStatusResponse> {
+    async fn config_status(
+        &self,
+        request: Request<v1::ConfigStatusRequest>,
+    ) -> Answer<v1::ConfigStatusResponse> {
         self.count("config_status");
         self.core.config_status(&request.into_inner().document).await.map(Response::new)
     }
 
-    async fn report_config(&self, request: Request<v1::ReportConfigRequest>) -> Answer<v1::ReportConfigResponse> {
+    async fn report_config(
+        &self,
+        request: Request<v1::ReportConfigRequest>,
+    ) -> Answer<v1::ReportConfigResponse> {
         self.count("report_config");
         self.core.report_config(request.into_inner()).await?;
         Ok(Response::new(v1::ReportConfigResponse {}))
@@ -228,24 +258,36 @@ impl Keeper for Service {
         self.core.register(request.into_inner()).await.map(Response::new)
     }
 
-    async fn list_instances(&self, _request: Request<v1::ListInstancesRequest>) -> Answer<v1::ListInstancesResponse> {
+    async fn list_instances(
+        &self,
+        _request: Request<v1::ListInstancesRequest>,
+    ) -> Answer<v1::ListInstancesResponse> {
         self.count("list_instances");
         self.core.list_instances().await.map(Response::new)
     }
 
-    async fn send_command(&self, request: Request<v1::SendCommandRequest>) -> Answer<v1::SendCommandResponse> {
+    async fn send_command(
+        &self,
+        request: Request<v1::SendCommandRequest>,
+    ) -> Answer<v1::SendCommandResponse> {
         self.count("send_command");
         let command = self.core.send_command(request.into_inner()).await?;
         Ok(Response::new(v1::SendCommandResponse { command: Some(command) }))
     }
 
-    async fn answer_command(&self, request: Request<v1::AnswerCommandRequest>) -> Answer<v1::AnswerCommandResponse> {
+    async fn answer_command(
+        &self,
+        request: Request<v1::AnswerCommandRequest>,
+    ) -> Answer<v1::AnswerCommandResponse> {
         self.count("answer_command");
         self.core.answer_command(request.into_inner()).await?;
         Ok(Response::new(v1::AnswerCommandResponse {}))
     }
 
-    async fn keeper_status(&self, _request: Request<v1::KeeperStatusRequest>) -> Answer<v1::KeeperStatusResponse> {
+    async fn keeper_status(
+        &self,
+        _request: Request<v1::KeeperStatusRequest>,
+    ) -> Answer<v1::KeeperStatusResponse> {
         self.count("keeper_status");
         Ok(Response::new(self.core.status()))
     }

@@ -38,7 +38,8 @@ impl Default for Assignment {
 /// The next assignment: even to within one slot, nobody loses a slot that need not, and the epoch of each slot whose
 /// owner or owner's incarnation changes grows.
 pub(crate) fn assign(previous: &Assignment, instances: &[Owner]) -> Assignment {
-    let alive: BTreeMap<&str, &Owner> = instances.iter().map(|owner| (owner.instance.as_str(), owner)).collect();
+    let alive: BTreeMap<&str, &Owner> =
+        instances.iter().map(|owner| (owner.instance.as_str(), owner)).collect();
     let mut held: BTreeMap<&str, Vec<usize>> = alive.keys().map(|&id| (id, Vec::new())).collect();
     let mut free = Vec::new();
     for (slot, (owner, _)) in previous.slots.iter().enumerate() {
@@ -175,7 +176,12 @@ async fn lead(core: &Core, leader: Leadership) -> Result<(), Unavailable> {
         if let Some((mod_revision, previous, candidates)) = work {
             let next = assign(&previous, &candidates);
             if next != previous {
-                let moved = next.slots.iter().zip(&previous.slots).filter(|(next, before)| next.1 != before.1).count();
+                let moved = next
+                    .slots
+                    .iter()
+                    .zip(&previous.slots)
+                    .filter(|(next, before)| next.1 != before.1)
+                    .count();
                 let txn = v1::TxnRequest {
                     compare: vec![compare_mod_revision(keys::SLOTS, mod_revision)],
                     then: vec![put(keys::SLOTS, &next.to_record(), 0)],

@@ -154,14 +154,18 @@ impl State {
                 }
                 Some(op::Op::GrantLease(grant)) => {
                     leases_changed = true;
-                    let lease = self.leases.entry(grant.lease).or_insert_with(|| Lease { ttl_ms: 0, keys: BTreeSet::new() });
+                    let lease = self
+                        .leases
+                        .entry(grant.lease)
+                        .or_insert_with(|| Lease { ttl_ms: 0, keys: BTreeSet::new() });
                     lease.ttl_ms = grant.ttl_ms;
                 }
                 Some(op::Op::RevokeLeases(revoke)) => {
                     for lease in &revoke.leases {
                         if let Some(lease) = self.leases.remove(lease) {
                             leases_changed = true;
-                            deleted += lease.keys.iter().filter(|key| self.delete(revision, key)).count() as u64;
+                            deleted +=
+                                lease.keys.iter().filter(|key| self.delete(revision, key)).count() as u64;
                         }
                     }
                 }
@@ -191,7 +195,9 @@ impl State {
                 // Deletions are seen in the changes; when those are gone, nothing can be promised.
                 let known = self.compacted <= *revision;
                 let written = self.prefix(&compare.key).any(|(_, item)| item.mod_revision > *revision);
-                known && !written && !self.events_after(*revision).any(|event| key_of(event).starts_with(&compare.key))
+                known
+                    && !written
+                    && !self.events_after(*revision).any(|event| key_of(event).starts_with(&compare.key))
             }
         }
     }
@@ -202,11 +208,17 @@ impl State {
         for op in ops {
             match &op.op {
                 Some(op::Op::GrantLease(grant)) => drop(alive.insert(grant.lease, true)),
-                Some(op::Op::RevokeLeases(revoke)) => alive.extend(revoke.leases.iter().map(|&lease| (lease, false))),
-                Some(op::Op::Put(put)) if put.lease != 0 => {
-                    if !alive.get(&put.lease).copied().unwrap_or_else(|| self.leases.contains_key(&put.lease)) {
-                        return Some(put.lease);
-                    }
+                Some(op::Op::RevokeLeases(revoke)) => {
+                    alive.extend(revoke.leases.iter().map(|&lease| (lease, false)))
+                }
+                Some(op::Op::Put(put))
+                    if put.lease != 0
+                        && !alive
+                            .get(&put.lease)
+                            .copied()
+                            .unwrap_or_else(|| self.leases.contains_key(&put.lease)) =>
+                {
+                    return Some(put.lease);
                 }
                 _ => {}
             }

@@ -25,7 +25,8 @@ async fn main() -> anyhow::Result<()> {
 
     let (mut gateways, mut apps) = (agent.instances(Role::Gateway), agent.configs::<App>());
     loop {
-        let names: Vec<String> = gateways.borrow_and_update().iter().map(|gateway| gateway.id.clone()).collect();
+        let names: Vec<String> =
+            gateways.borrow_and_update().iter().map(|gateway| gateway.id.clone()).collect();
         let known: Vec<String> = apps.borrow_and_update().keys().cloned().collect();
         println!("gateways: {names:?}  apps: {known:?}");
         tokio::select! {

@@ -28,7 +28,9 @@ pub enum AdminError {
     #[error("{document} is refused: {}", list(.violations))]
     Refused { document: String, violations: Vec<Violation> },
     /// Somebody else has changed the document since.
-    #[error("{document} is at revision {current} by now, not at {expected}: look at it again and repeat the change")]
+    #[error(
+        "{document} is at revision {current} by now, not at {expected}: look at it again and repeat the change"
+    )]
     Conflict { document: String, expected: u64, current: u64 },
     #[error("{0}")]
     NotFound(String),
@@ -201,12 +203,17 @@ impl Admin {
             comment: options.comment,
             dry_run: options.dry_run,
         };
-        let answer = self.call(request, async |mut client, request| client.publish_config(request).await).await?;
+        let answer =
+            self.call(request, async |mut client, request| client.publish_config(request).await).await?;
         match answer.outcome {
             Some(Outcome::Accepted(revision)) => Ok(revision.into()),
             Some(Outcome::Refused(refused)) => Err(AdminError::Refused {
                 document: document.to_owned(),
-                violations: refused.violations.into_iter().map(|v| Violation::new(v.path, v.message)).collect(),
+                violations: refused
+                    .violations
+                    .into_iter()
+                    .map(|v| Violation::new(v.path, v.message))
+                    .collect(),
             }),
             Some(Outcome::Conflict(current)) => Err(AdminError::Conflict {
                 document: document.to_owned(),
@@ -228,33 +235,46 @@ impl Admin {
     }
 
     /// Publishes a whole document.
-    pub async fn publish(&self, document: &str, yaml: &str, options: ChangeOptions) -> Result<Revision, AdminError> {
+    pub async fn publish(
+        &self,
+        document: &str,
+        yaml: &str,
+        options: ChangeOptions,
+    ) -> Result<Revision, AdminError> {
         self.change(document, Change::Yaml(yaml.to_owned()), options).await
     }
 
     /// Makes a former revision the newest again.
-    pub async fn rollback(&self, document: &str, to: u64, options: ChangeOptions) -> Result<Revision, AdminError> {
+    pub async fn rollback(
+        &self,
+        document: &str,
+        to: u64,
+        options: ChangeOptions,
+    ) -> Result<Revision, AdminError> {
         self.change(document, Change::RollbackTo(to), options).await
     }
 
     /// All published documents, or those of a kind, by name.
     pub async fn list(&self, kind: Option<&str>) -> Result<Vec<Revision>, AdminError> {
         let request = v1::ListConfigRequest { kind: kind.unwrap_or_default().to_owned() };
-        let answer = self.call(request, async |mut client, request| client.list_config(request).await).await?;
+        let answer =
+            self.call(request, async |mut client, request| client.list_config(request).await).await?;
         Ok(answer.documents.into_iter().map(Into::into).collect())
     }
 
     /// A document's revisions, newest first.
     pub async fn history(&self, document: &str, limit: u32) -> Result<Vec<Revision>, AdminError> {
         let request = v1::ConfigHistoryRequest { document: document.to_owned(), limit };
-        let answer = self.call(request, async |mut client, request| client.config_history(request).await).await?;
+        let answer =
+            self.call(request, async |mut client, request| client.config_history(request).await).await?;
         Ok(answer.revisions.into_iter().map(Into::into).collect())
     }
 
     /// Which kinds of document there are.
     pub async fn kinds(&self) -> Result<Vec<Kind>, AdminError> {
         let request = v1::ConfigKindsRequest {};
-        let answer = self.call(request, async |mut client, request| client.config_kinds(request).await).await?;
+        let answer =
+            self.call(request, async |mut client, request| client.config_kinds(request).await).await?;
         let kind = |kind: v1::ConfigKind| Kind {
             kind: kind.kind,
             named: kind.named,
@@ -266,7 +286,8 @@ impl Admin {
     /// What each instance has applied of a document, or of all.
     pub async fn applied(&self, document: Option<&str>) -> Result<Vec<Applied>, AdminError> {
         let request = v1::ConfigStatusRequest { document: document.unwrap_or_default().to_owned() };
-        let answer = self.call(request, async |mut client, request| client.config_status(request).await).await?;
+        let answer =
+            self.call(request, async |mut client, request| client.config_status(request).await).await?;
         let applied = |applied: v1::AppliedConfig| Applied {
             instance: applied.instance,
             document: applied.document,
@@ -280,7 +301,8 @@ impl Admin {
     /// The live instances by id, and who owns which slot.
     pub async fn instances(&self) -> Result<(Vec<Instance>, SlotMap), AdminError> {
         let request = v1::ListInstancesRequest {};
-        let answer = self.call(request, async |mut client, request| client.list_instances(request).await).await?;
+        let answer =
+            self.call(request, async |mut client, request| client.list_instances(request).await).await?;
         let instances = answer.instances.into_iter().map(Instance::from_record).collect();
         Ok((instances, board::slot_map(answer.slots_revision, answer.slots.unwrap_or_default())))
     }
@@ -303,7 +325,9 @@ impl Admin {
         // no answer comes.
         self.status().await?;
         let client = self.inner.client.lock().clone();
-        let Some(mut client) = client else { return Err(AdminError::Other("the connection was lost".to_owned())) };
+        let Some(mut client) = client else {
+            return Err(AdminError::Other("the connection was lost".to_owned()));
+        };
         let answer = tokio::time::timeout(within + CALL_TIMEOUT, client.send_command(request)).await;
         let answer = answer.map_err(|_| AdminError::Other("the keeper did not answer in time".to_owned()))?;
         let command = answer.map_err(explain)?.into_inner().command.unwrap_or_default();
@@ -384,7 +408,9 @@ fn explain(status: Status) -> AdminError {
     let message = status.message().to_owned();
     match status.code() {
         Code::NotFound => AdminError::NotFound(message),
-        Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted => AdminError::Invalid(message),
+        Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted => {
+            AdminError::Invalid(message)
+        }
         _ => AdminError::Other(message),
     }
 }

@@ -121,7 +121,11 @@ pub struct AppLimits {
 
 impl Default for AppLimits {
     fn default() -> Self {
-        AppLimits { max_payload_bytes: 256 * 1024, broadcast_rate_per_second: 10_000.0, push_rate_per_second: 0 }
+        AppLimits {
+            max_payload_bytes: 256 * 1024,
+            broadcast_rate_per_second: 10_000.0,
+            push_rate_per_second: 0,
+        }
     }
 }
 
@@ -179,16 +183,23 @@ impl ConfigDocument for App {
             let path = format!("token_keys[{i}].key");
             match key.algorithm {
                 TokenAlgorithm::HS256 if key.key.len() < 32 => {
-                    found.push(Violation::new(path, "is shorter than 32 bytes, too short for HS256 (RFC 7518 §3.2)"));
+                    found.push(Violation::new(
+                        path,
+                        "is shorter than 32 bytes, too short for HS256 (RFC 7518 §3.2)",
+                    ));
                 }
                 TokenAlgorithm::HS256 => {}
                 _ if !key.key.contains("-----BEGIN PUBLIC KEY-----") => {
-                    found.push(Violation::new(path, "is not a public key in PEM (-----BEGIN PUBLIC KEY-----)"));
+                    found.push(Violation::new(
+                        path,
+                        "is not a public key in PEM (-----BEGIN PUBLIC KEY-----)",
+                    ));
                 }
                 _ => {}
             }
         }
-        let filters = [("device_publish", &self.device_publish), ("device_subscribe", &self.device_subscribe)];
+        let filters =
+            [("device_publish", &self.device_publish), ("device_subscribe", &self.device_subscribe)];
         for (field, list) in filters {
             for (i, filter) in list.iter().enumerate() {
                 if let Err(error) = topic::check_filter(&filter.replace("{user}", "user")) {

@@ -111,7 +111,8 @@ struct One<T> {
 
 impl<T: ConfigDocument> Sink for One<T> {
     fn apply(&mut self, _name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>> {
-        self.next = Some(Arc::new(yaml.map_or_else(|| Ok(T::default()), |yaml| document::parse(None, yaml))?));
+        self.next =
+            Some(Arc::new(yaml.map_or_else(|| Ok(T::default()), |yaml| document::parse(None, yaml))?));
         Ok(())
     }
 
@@ -143,7 +144,9 @@ struct Named<T> {
 
 impl<T: ConfigDocument> Sink for Named<T> {
     fn apply(&mut self, name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>> {
-        let Some(name) = name else { return Err(vec![Violation::new("", "this kind of document needs a name")]) };
+        let Some(name) = name else {
+            return Err(vec![Violation::new("", "this kind of document needs a name")]);
+        };
         let parsed = yaml.map(|yaml| document::parse::<T>(Some(name), yaml)).transpose()?;
         let present = self.sender.borrow().clone();
         let before = self.next.as_ref().unwrap_or(&present).get(name);
@@ -234,7 +237,10 @@ impl Board {
         match self.sinks.get(T::KIND).and_then(|sink| sink.as_any().downcast_ref::<One<T>>()) {
             Some(sink) => sink.sender.subscribe(),
             // Two Rust types that claim one kind: a mistake in the program, found at its first start.
-            None => panic!("document kind {} is used with two types, or both as one document and as named", T::KIND),
+            None => panic!(
+                "document kind {} is used with two types, or both as one document and as named",
+                T::KIND
+            ),
         }
     }
 
@@ -245,7 +251,10 @@ impl Board {
         }
         match self.sinks.get(T::KIND).and_then(|sink| sink.as_any().downcast_ref::<Named<T>>()) {
             Some(sink) => sink.sender.subscribe(),
-            None => panic!("document kind {} is used with two types, or both as one document and as named", T::KIND),
+            None => panic!(
+                "document kind {} is used with two types, or both as one document and as named",
+                T::KIND
+            ),
         }
     }
 
@@ -271,7 +280,10 @@ impl Board {
 
     pub(crate) fn instances(&mut self, role: Role) -> watch::Receiver<Arc<Vec<Instance>>> {
         let view = &self.view;
-        self.by_role.entry(role).or_insert_with(|| watch::Sender::new(Arc::new(of_role(view, role)))).subscribe()
+        self.by_role
+            .entry(role)
+            .or_insert_with(|| watch::Sender::new(Arc::new(of_role(view, role))))
+            .subscribe()
     }
 
     pub(crate) fn slots(&self) -> watch::Receiver<Arc<SlotMap>> {
@@ -279,7 +291,12 @@ impl Board {
     }
 
     /// Changes of one revision. Returns the commands that are to be carried out now.
-    pub(crate) fn events(&mut self, revision: u64, events: &[v1::WatchEvent], now_ms: u64) -> Vec<v1::CommandRecord> {
+    pub(crate) fn events(
+        &mut self,
+        revision: u64,
+        events: &[v1::WatchEvent],
+        now_ms: u64,
+    ) -> Vec<v1::CommandRecord> {
         let (mut instances, mut slots, mut commands) = (false, false, Vec::new());
         for event in events {
             match self.view.take(event) {
@@ -303,7 +320,12 @@ impl Board {
     }
 
     /// Takes in the whole state anew. Returns the commands that are to be carried out now.
-    pub(crate) fn replace(&mut self, cluster_id: String, state: Vec<v1::WatchEvent>, now_ms: u64) -> Vec<v1::CommandRecord> {
+    pub(crate) fn replace(
+        &mut self,
+        cluster_id: String,
+        state: Vec<v1::WatchEvent>,
+        now_ms: u64,
+    ) -> Vec<v1::CommandRecord> {
         let mut fresh = View { cluster_id, ..View::default() };
         for event in &state {
             fresh.take(event);
@@ -323,7 +345,9 @@ impl Board {
         }
         if !self.synced {
             let kinds: Vec<_> = self.sinks.keys().copied().collect();
-            for kind in kinds.into_iter().filter(|kind| !self.view.documents.contains_key(*kind)).collect::<Vec<_>>() {
+            for kind in
+                kinds.into_iter().filter(|kind| !self.view.documents.contains_key(*kind)).collect::<Vec<_>>()
+            {
                 self.apply_default(kind);
             }
         }
@@ -356,7 +380,12 @@ impl Board {
             }
             Err(violations) => {
                 let refusal = violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-                tracing::error!(document, revision, refusal, "configuration refused, the last good one stays in force");
+                tracing::error!(
+                    document,
+                    revision,
+                    refusal,
+                    "configuration refused, the last good one stays in force"
+                );
                 entry.record.refused_revision = revision;
                 entry.record.refusal = refusal;
             }
@@ -411,7 +440,11 @@ impl Board {
             // do it twice.
             v1::CommandState::CommandRunning => {
                 self.remember(key, command.deadline_ms);
-                self.answer(&command, v1::CommandState::CommandFailed, "the instance restarted while carrying it out");
+                self.answer(
+                    &command,
+                    v1::CommandState::CommandFailed,
+                    "the instance restarted while carrying it out",
+                );
                 None
             }
             _ => None,
@@ -420,7 +453,8 @@ impl Board {
 
     fn remember(&mut self, key: &str, deadline_ms: u64) {
         if self.seen.len() >= MAX_SEEN
-            && let Some(oldest) = self.seen.iter().min_by_key(|(_, deadline)| **deadline).map(|(key, _)| key.clone())
+            && let Some(oldest) =
+                self.seen.iter().min_by_key(|(_, deadline)| **deadline).map(|(key, _)| key.clone())
         {
             self.seen.remove(&oldest);
         }
@@ -449,7 +483,12 @@ impl Board {
 
     /// Up to `limit` reports that the keeper has not got.
     pub(crate) fn untold(&self, limit: usize) -> Vec<v1::AppliedConfig> {
-        self.applied.values().filter(|applied| !applied.told).take(limit).map(|applied| applied.record.clone()).collect()
+        self.applied
+            .values()
+            .filter(|applied| !applied.told)
+            .take(limit)
+            .map(|applied| applied.record.clone())
+            .collect()
     }
 
     /// These have arrived; unless they have changed since.

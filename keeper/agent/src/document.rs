@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// A configuration document: YAML in, this struct out. Unknown fields must be refused (`deny_unknown_fields`) and
 /// every field must have a default (`serde(default)`), so that an empty document is a valid one.
-pub trait ConfigDocument: Serialize + DeserializeOwned + JsonSchema + Default + Clone + Send + Sync + 'static {
+pub trait ConfigDocument:
+    Serialize + DeserializeOwned + JsonSchema + Default + Clone + Send + Sync + 'static
+{
     /// The document's kind: `gateway`, `hub`, `app`.
     const KIND: &'static str;
     /// One document a cluster (`gateway`), or one for each name (`app/demo`).
@@ -46,7 +48,11 @@ impl Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.path.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", self.path, self.message) }
+        if self.path.is_empty() {
+            f.write_str(&self.message)
+        } else {
+            write!(f, "{}: {}", self.path, self.message)
+        }
     }
 }
 
@@ -122,6 +128,9 @@ impl DocumentKind {
 
 impl fmt::Debug for DocumentKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DocumentKind").field("kind", &self.kind).field("named", &self.named).finish_non_exhaustive()
+        f.debug_struct("DocumentKind")
+            .field("kind", &self.kind)
+            .field("named", &self.named)
+            .finish_non_exhaustive()
     }
 }

@@ -219,6 +219,9 @@ impl Agent {
 
     /// The one document of a kind; its default until one is published. Each valid revision is acknowledged as applied;
     /// one that does not parse is reported to the keeper and not delivered.
+    ///
+    /// # Panics
+    /// When the process uses the kind with another Rust type as well.
     pub fn config<T: document::ConfigDocument>(&self) -> Live<T> {
         let receiver = self.shared.board.lock().config::<T>();
         self.shared.wake();
@@ -226,13 +229,16 @@ impl Agent {
     }
 
     /// All documents of a named kind, by name.
+    ///
+    /// # Panics
+    /// When the process uses the kind with another Rust type as well.
     pub fn configs<T: document::ConfigDocument>(&self) -> Live<BTreeMap<String, Arc<T>>> {
         let receiver = self.shared.board.lock().configs::<T>();
         self.shared.wake();
         receiver
     }
 
-    /// All live instances that have this role, by id.
+    /// All live instances that have this role, also those that drain; by id.
     pub fn instances(&self, role: Role) -> Live<Vec<Instance>> {
         self.shared.board.lock().instances(role)
     }

@@ -66,7 +66,11 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
         failures += 1;
         if failures == 1 {
-            tracing::warn!(keeper, error = error.message(), "keeper lost, the last known state stays in force");
+            tracing::warn!(
+                keeper,
+                error = error.message(),
+                "keeper lost, the last known state stays in force"
+            );
         } else {
             tracing::debug!(keeper, error = error.message(), failures, "keeper not reached");
         }
@@ -85,7 +89,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, Status> {
     let endpoint = Endpoint::from_shared(keeper.to_owned())
-        .map_err(|error| Status::invalid_argument(format!("{keeper} is not an address of a keeper: {error}")))?
+        .map_err(|error| {
+            Status::invalid_argument(format!("{keeper} is not an address of a keeper: {error}"))
+        })?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(5))
@@ -160,7 +166,10 @@ async fn watch(
         let mut stream = match call(client.watch(request)).await {
             Ok(stream) => stream,
             Err(status) if status.code() == Code::OutOfRange => {
-                tracing::warn!(revision = after, "the keeper has less than is known here, taking its state anew");
+                tracing::warn!(
+                    revision = after,
+                    "the keeper has less than is known here, taking its state anew"
+                );
                 shared.board.lock().covered = None;
                 continue;
             }
@@ -243,11 +252,14 @@ fn begin(shared: &Arc<Shared>, commands: Vec<v1::CommandRecord>) {
         let shared = shared.clone();
         tokio::spawn(async move {
             // A while longer than its deadline: the answer to a command that was begun in time is still of use.
-            let patience = Duration::from_millis(record.deadline_ms.saturating_sub(now_ms())) + Duration::from_secs(60);
+            let patience =
+                Duration::from_millis(record.deadline_ms.saturating_sub(now_ms())) + Duration::from_secs(60);
             let (state, output) = match timeout(patience, answered).await {
                 Ok(Ok(Ok(output))) => (v1::CommandState::CommandDone, output),
                 Ok(Ok(Err(output))) => (v1::CommandState::CommandFailed, output),
-                Ok(Err(_)) => (v1::CommandState::CommandFailed, "the instance dropped the command".to_owned()),
+                Ok(Err(_)) => {
+                    (v1::CommandState::CommandFailed, "the instance dropped the command".to_owned())
+                }
                 Err(_) => (v1::CommandState::CommandFailed, "the instance gave no answer in time".to_owned()),
             };
             shared.board.lock().answer(&record, state, &output);
@@ -273,7 +285,8 @@ async fn register(
         let wanted = shared.board.lock().registrations.clone();
         for (id, instance) in wanted {
             let done = registered.get(&id).is_some_and(|registration| registration.instance == instance);
-            let paused = refused.get(&id).is_some_and(|(tried, until)| *tried == instance && Clock::now() < *until);
+            let paused =
+                refused.get(&id).is_some_and(|(tried, until)| *tried == instance && Clock::now() < *until);
             if done || paused {
                 continue;
             }
@@ -283,8 +296,12 @@ async fn register(
                     refused.remove(&id);
                     let ttl = Duration::from_millis(answer.ttl_ms);
                     let before = registered.get(&id).map(|registration| registration.lease);
-                    let registration =
-                        Registered { instance, lease: answer.lease, ttl, keep_alive_at: Clock::now() + ttl / 3 };
+                    let registration = Registered {
+                        instance,
+                        lease: answer.lease,
+                        ttl,
+                        keep_alive_at: Clock::now() + ttl / 3,
+                    };
                     if before != Some(answer.lease) {
                         tracing::info!(instance = id, ttl_ms = answer.ttl_ms, "registered with the keeper");
                         shared.board.lock().forget_told();
@@ -293,7 +310,11 @@ async fn register(
                     leases.send_replace(leases_of(registered));
                 }
                 Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
-                    tracing::error!(instance = id, reason = status.message(), "registration refused by the keeper");
+                    tracing::error!(
+                        instance = id,
+                        reason = status.message(),
+                        "registration refused by the keeper"
+                    );
                     refused.insert(id, (instance, Clock::now() + REFUSED_PAUSE));
                 }
                 Err(status) => return Err(status),
@@ -329,6 +350,11 @@ async fn register(
     }
 }
 
+/// An answer that the keeper does not take, now or later.
+fn is_final(code: Code) -> bool {
+    matches!(code, Code::NotFound | Code::FailedPrecondition | Code::InvalidArgument)
+}
+
 /// Tells the keeper what was applied and what commands came to.
 async fn tell(
     shared: &Arc<Shared>,
@@ -343,7 +369,7 @@ async fn tell(
             match call(client.answer_command(answer.clone())).await {
                 // Gone, or past its deadline and already closed: nobody waits for it any more.
                 Ok(_) => {}
-                Err(status) if matches!(status.code(), Code::NotFound | Code::FailedPrecondition) => {}
+                Err(status) if is_final(status.code()) => {}
                 Err(status) => return Err(status),
             }
             let mut board = shared.board.lock();
@@ -369,6 +395,14 @@ async fn tell(
                     Ok(_) => {}
                     // The lease has ended: told again under the next one.
                     Err(status) if status.code() == Code::NotFound => gone = true,
+                    // Saying it again would not help.
+                    Err(status) if status.code() == Code::InvalidArgument => {
+                        tracing::warn!(
+                            instance = id,
+                            reason = status.message(),
+                            "report refused by the keeper"
+                        );
+                    }
                     Err(status) => return Err(status),
                 }
             }
@@ -389,7 +423,11 @@ async fn deregister(mut client: KeeperClient<Channel>, registered: Registrations
         for (id, registration) in registered {
             let request = v1::LeaseRevokeRequest { lease: registration.lease };
             if let Err(status) = client.lease_revoke(request).await {
-                tracing::debug!(instance = id, error = status.message(), "not deregistered, the lease will lapse");
+                tracing::debug!(
+                    instance = id,
+                    error = status.message(),
+                    "not deregistered, the lease will lapse"
+                );
             }
         }
     };

@@ -50,7 +50,9 @@ impl ConfigDocument for OldGate {
 
     fn check(&self, _: Option<&str>) -> Vec<Violation> {
         let bad = self.max_packet_bytes > 5000;
-        bad.then(|| Violation::new("max_packet_bytes", "is more than this version can do")).into_iter().collect()
+        bad.then(|| Violation::new("max_packet_bytes", "is more than this version can do"))
+            .into_iter()
+            .collect()
     }
 }
 
@@ -127,7 +129,8 @@ async fn a_change_arrives_live_and_is_acknowledged() {
     let mut gate = agent.config::<Gate>();
     assert_eq!(gate.borrow().max_packet_bytes, 1024, "the default");
 
-    let published = admin.set("gate", set("max_packet_bytes", "4096"), ChangeOptions::default()).await.unwrap();
+    let published =
+        admin.set("gate", set("max_packet_bytes", "4096"), ChangeOptions::default()).await.unwrap();
     until(&mut gate, "the change arrives", |gate| gate.max_packet_bytes == 4096).await;
     eventually("the revision is acknowledged", async || {
         let applied = admin.applied(Some("gate")).await.unwrap();
@@ -136,7 +139,8 @@ async fn a_change_arrives_live_and_is_acknowledged() {
     })
     .await;
 
-    let refused = admin.set("gate", set("max_packet_bytes", "lots"), ChangeOptions::default()).await.unwrap_err();
+    let refused =
+        admin.set("gate", set("max_packet_bytes", "lots"), ChangeOptions::default()).await.unwrap_err();
     let AdminError::Refused { violations, .. } = refused else { panic!("{refused}") };
     assert_eq!(violations[0].path, "max_packet_bytes");
 
@@ -208,7 +212,8 @@ async fn everything_goes_on_after_the_keeper_was_away() {
     let admin = Admin::new(vec![keeper.endpoint()]);
     let agent = agent(&keeper).await;
     agent.register(instance("hub-0", 7, &[Role::Registry]));
-    let (mut gate, mut slots, mut hubs) = (agent.config::<Gate>(), agent.slots(), agent.instances(Role::Registry));
+    let (mut gate, mut slots, mut hubs) =
+        (agent.config::<Gate>(), agent.slots(), agent.instances(Role::Registry));
     let before = until(&mut slots, "slots are assigned", |slots| all_owned_by(slots, "hub-0", 7)).await;
     until(&mut hubs, "the instance is known", |hubs| hubs.len() == 1).await;
 
@@ -223,7 +228,10 @@ async fn everything_goes_on_after_the_keeper_was_away() {
     admin.set("gate", set("max_packet_bytes", "2000"), ChangeOptions::default()).await.unwrap();
     until(&mut gate, "a change after the restart arrives", |gate| gate.max_packet_bytes == 2000).await;
     assert_eq!(**slots.borrow(), *before, "the same process keeps its slots and their epochs");
-    assert!(!slots.has_changed().unwrap() && !hubs.has_changed().unwrap(), "nothing changed, nobody was told");
+    assert!(
+        !slots.has_changed().unwrap() && !hubs.has_changed().unwrap(),
+        "nothing changed, nobody was told"
+    );
     agent.stop().await;
 
     let (instances, _) = admin.instances().await.unwrap();
@@ -280,25 +288,28 @@ async fn a_killed_process_gets_its_slots_back_at_once_with_new_epochs() {
     second.register(instance("hub-0", 2, &[Role::Registry]));
     let after = until(&mut slots, "slots of the second", |slots| all_owned_by(slots, "hub-0", 2)).await;
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(1), "{took:?}; the lease would have lasted 10 s");
+    assert!(took < Duration::from_millis(500), "{took:?}; the lease would have lasted 10 s");
     for (before, after) in before.slots.iter().zip(&after.slots) {
         assert_eq!(after.epoch, before.epoch + 1);
     }
     // Another joins, one drains.
     let third = agent(&keeper).await;
     third.register(instance("hub-1", 1, &[Role::Registry, Role::Center]));
-    let half = |slots: &Arc<SlotMap>| slots.slots.iter().filter(|slot| &*slot.instance == "hub-1").count() == 512;
+    let half =
+        |slots: &Arc<SlotMap>| slots.slots.iter().filter(|slot| &*slot.instance == "hub-1").count() == 512;
     until(&mut slots, "half of the slots move", half).await;
     let draining = Instance { draining: true, ..instance("hub-0", 2, &[Role::Registry]) };
     second.register(draining);
     until(&mut slots, "all slots leave the draining one", |slots| all_owned_by(slots, "hub-1", 1)).await;
     let mut hubs = observer.instances(Role::Registry);
-    until(&mut hubs, "draining is known", |hubs| hubs.iter().any(|hub| hub.id == "hub-0" && hub.draining)).await;
+    until(&mut hubs, "draining is known", |hubs| hubs.iter().any(|hub| hub.id == "hub-0" && hub.draining))
+        .await;
     assert_eq!(observer.instances(Role::Center).borrow().len(), 1);
     third.stop().await;
     until(&mut slots, "rather a draining one than none", |slots| all_owned_by(slots, "hub-0", 2)).await;
     second.stop().await;
-    until(&mut slots, "nobody is left", |slots| slots.slots.iter().all(|slot| slot.instance.is_empty())).await;
+    until(&mut slots, "nobody is left", |slots| slots.slots.iter().all(|slot| slot.instance.is_empty()))
+        .await;
     observer.stop().await;
     keeper.stop().await;
 }

@@ -46,12 +46,18 @@ fn text_of(steps: &[Step]) -> String {
 
 impl FieldPath {
     pub(crate) fn parse(text: &str) -> Result<Self, Violation> {
-        let wrong = |what: &str| Violation::new(text, format!("is not a path like limits.max_count or topics[0].store: {what}"));
+        let wrong = |what: &str| {
+            Violation::new(text, format!("is not a path like limits.max_count or topics[0].store: {what}"))
+        };
         let mut steps = Vec::new();
         for (i, part) in text.split('.').enumerate() {
             let (name, mut rest) = part.split_at(part.find('[').unwrap_or(part.len()));
             if name.is_empty() {
-                return Err(wrong(if i == 0 && text.is_empty() { "it is empty" } else { "a name is missing" }));
+                return Err(wrong(if i == 0 && text.is_empty() {
+                    "it is empty"
+                } else {
+                    "a name is missing"
+                }));
             }
             steps.push(Step::Field(name.to_owned()));
             while let Some(inner) = rest.strip_prefix('[') {
@@ -72,7 +78,12 @@ impl FieldPath {
 
     /// Sets the field, or takes it out (None). `whole` is the document with its defaults: where the path leads into a
     /// list that the document does not have, the default list is what is changed.
-    pub(crate) fn apply(&self, document: &mut Value, whole: &Value, value: Option<Value>) -> Result<(), Violation> {
+    pub(crate) fn apply(
+        &self,
+        document: &mut Value,
+        whole: &Value,
+        value: Option<Value>,
+    ) -> Result<(), Violation> {
         self.descend(document, Some(whole), 0, value)
     }
 
@@ -98,15 +109,15 @@ impl FieldPath {
                 };
                 let whole = whole.and_then(|whole| whole.get(name.as_str()));
                 let absent = map.get(name.as_str()).is_none_or(Value::is_null);
-                if value.is_none() && (last || absent) {
+                let start = match self.0.get(depth + 1) {
+                    Some(Step::Index(_)) if absent => whole.filter(|whole| whole.is_sequence()).cloned(),
+                    _ => None,
+                };
+                if value.is_none() && (last || (absent && start.is_none())) {
                     map.remove(name.as_str());
                     return Ok(());
                 }
                 if absent {
-                    let start = match self.0.get(depth + 1) {
-                        Some(Step::Index(_)) => whole.filter(|whole| whole.is_sequence()).cloned(),
-                        _ => None,
-                    };
                     map.insert(Value::String(name.clone()), start.unwrap_or(Value::Null));
                 }
                 let removing = value.is_none();
@@ -125,7 +136,9 @@ impl FieldPath {
                 let Value::Sequence(list) = node else { return Err(self.violation(depth, "is not a list")) };
                 let length = list.len();
                 if *index > length || *index >= MAX_LIST || (*index == length && value.is_none()) {
-                    return Err(self.violation(depth, &format!("has {length} elements, there is no [{index}]")));
+                    return Err(
+                        self.violation(depth, &format!("has {length} elements, there is no [{index}]"))
+                    );
                 }
                 if last && value.is_none() {
                     list.remove(*index);
@@ -152,7 +165,9 @@ impl FieldPath {
 /// taken as it is.
 pub(crate) fn value(text: &str) -> Value {
     match serde_yaml::from_str::<Value>(text) {
-        Ok(Value::String(_)) if !text.trim_start().starts_with(['"', '\'', '|', '>']) => Value::String(text.to_owned()),
+        Ok(Value::String(_)) if !text.trim_start().starts_with(['"', '\'', '|', '>']) => {
+            Value::String(text.to_owned())
+        }
         Ok(value) => value,
         Err(_) => Value::String(text.to_owned()),
     }

@@ -57,11 +57,15 @@ impl ConfigDocument for Gate {
     }
 }
 
-fn sets(sets: &[(&str, Option<&str>)]) -> Vec<v1::ConfigSet> {
-    sets.iter().map(|(path, value)| v1::ConfigSet { path: path.to_string(), value: value.map(str::to_owned) }).collect()
+type Sets<'a> = &'a [(&'a str, Option<&'a str>)];
+
+fn sets(sets: Sets) -> Vec<v1::ConfigSet> {
+    sets.iter()
+        .map(|(path, value)| v1::ConfigSet { path: path.to_string(), value: value.map(str::to_owned) })
+        .collect()
 }
 
-fn change(present: &str, changes: &[(&str, Option<&str>)]) -> Result<String, String> {
+fn change(present: &str, changes: Sets) -> Result<String, String> {
     match set(&DocumentKind::of::<Gate>(), None, present, &sets(changes)) {
         Ok(yaml) => Ok(yaml),
         Err(Refusal::Violations(violations)) => {
@@ -73,16 +77,24 @@ fn change(present: &str, changes: &[(&str, Option<&str>)]) -> Result<String, Str
 
 #[test]
 fn fields_are_set() {
-    let table: &[(&str, &[(&str, Option<&str>)], &str)] = &[
+    let table: &[(&str, Sets, &str)] = &[
         ("", &[("max_packet_bytes", Some("4096"))], "max_packet_bytes: 4096\n"),
-        ("name: x\n", &[("on", Some("true")), ("limits.rate", Some("1.5"))], "name: x\non: true\nlimits:\n  rate: 1.5\n"),
+        (
+            "name: x\n",
+            &[("on", Some("true")), ("limits.rate", Some("1.5"))],
+            "name: x\non: true\nlimits:\n  rate: 1.5\n",
+        ),
         ("max_packet_bytes: 1\n", &[("max_packet_bytes", Some("99"))], "max_packet_bytes: 99\n"),
         // Taken out, and what was only there to hold it.
         ("on: true\nlimits:\n  rate: 1.0\n", &[("limits.rate", None)], "on: true\n"),
         ("on: true\n", &[("on", None)], ""),
         ("on: true\n", &[("name", None), ("limits.rate", None)], "on: true\n"),
         // Into the default list.
-        ("", &[("listeners[1].tls", Some("true"))], "listeners:\n- address: a:1\n  tls: false\n- address: b:2\n  tls: true\n"),
+        (
+            "",
+            &[("listeners[1].tls", Some("true"))],
+            "listeners:\n- address: a:1\n  tls: false\n- address: b:2\n  tls: true\n",
+        ),
         ("listeners: []\n", &[("listeners[0]", Some("{address: 'c:3'}"))], "listeners:\n- address: c:3\n"),
         ("listeners: []\n", &[("listeners[0].address", Some("c:3"))], "listeners:\n- address: c:3\n"),
         ("", &[("listeners[0]", None)], "listeners:\n- address: b:2\n  tls: false\n"),
@@ -93,7 +105,11 @@ fn fields_are_set() {
         ("", &[("name", Some("*x"))], "name: '*x'\n"),
         ("", &[("name", Some(""))], "name: ''\n"),
         ("", &[("name", Some("\"quoted\""))], "name: quoted\n"),
-        ("", &[("name", Some("7")), ("key", Some("8")), ("max_packet_bytes", Some("90"))], "name: '7'\nkey: '8'\nmax_packet_bytes: 90\n"),
+        (
+            "",
+            &[("name", Some("7")), ("key", Some("8")), ("max_packet_bytes", Some("90"))],
+            "name: '7'\nkey: '8'\nmax_packet_bytes: 90\n",
+        ),
         ("", &[("key", Some("-----BEGIN\nabc\n"))], "key: |\n  -----BEGIN\n  abc\n"),
         ("key: x\n", &[("key", Some("null"))], "key: null\n"),
     ];
@@ -105,30 +121,64 @@ fn fields_are_set() {
 #[test]
 fn what_cannot_be_set_is_said_with_its_path() {
     let table: &[(&str, &str, Option<&str>, &str)] = &[
-        ("", "max_packet_bytes", Some("many"), "max_packet_bytes: invalid type: string \"many\", expected u32"),
+        (
+            "",
+            "max_packet_bytes",
+            Some("many"),
+            "max_packet_bytes: invalid type: string \"many\", expected u32",
+        ),
         ("", "max_packet_bytes", Some("-1"), "max_packet_bytes: invalid value: integer `-1`, expected u32"),
         ("", "max_packet_bytes", Some("3"), "max_packet_bytes: must be at least 16"),
         ("", "on", Some("5"), "on: invalid type: integer `5`, expected a boolean"),
         ("", "limits.speed", Some("5"), "limits.speed: unknown field `speed`, expected `rate`"),
         ("", "limits", Some("5"), "limits: invalid type: integer `5`, expected struct Limits"),
-        ("", "listeners[0].port", Some("5"), "listeners[0].port: unknown field `port`, expected `address` or `tls`"),
+        (
+            "",
+            "listeners[0].port",
+            Some("5"),
+            "listeners[0].port: unknown field `port`, expected `address` or `tls`",
+        ),
         ("", "listeners[5].tls", Some("true"), "listeners: has 2 elements, there is no [5]"),
         ("", "listeners[2].tls", Some("true"), "listeners[2]: missing field `address`"),
         ("", "listeners[2]", None, "listeners: has 2 elements, there is no [2]"),
         ("name: x\n", "name.first", Some("y"), "name: has no fields of its own"),
         ("name: x\n", "name[0]", Some("y"), "name: is not a list"),
         ("", "", Some("y"), ": is not a path like limits.max_count or topics[0].store: it is empty"),
-        ("", "a..b", Some("y"), "a..b: is not a path like limits.max_count or topics[0].store: a name is missing"),
-        ("", "a[x]", Some("y"), "a[x]: is not a path like limits.max_count or topics[0].store: what stands in [ ] is not a number"),
+        (
+            "",
+            "a..b",
+            Some("y"),
+            "a..b: is not a path like limits.max_count or topics[0].store: a name is missing",
+        ),
+        (
+            "",
+            "a[x]",
+            Some("y"),
+            "a[x]: is not a path like limits.max_count or topics[0].store: what stands in [ ] is not a number",
+        ),
         ("", "a[0", Some("y"), "a[0: is not a path like limits.max_count or topics[0].store: a ] is missing"),
-        ("", "a[0]b", Some("y"), "a[0]b: is not a path like limits.max_count or topics[0].store: something stands after a ]"),
+        (
+            "",
+            "a[0]b",
+            Some("y"),
+            "a[0]b: is not a path like limits.max_count or topics[0].store: something stands after a ]",
+        ),
     ];
     for (present, path, value, expected) in table {
         let expected = expected.strip_prefix(": ").unwrap_or(expected);
-        assert_eq!(change(present, &[(path, *value)]), Err((*expected).to_owned()), "{present:?} {path} {value:?}");
+        assert_eq!(
+            change(present, &[(path, *value)]),
+            Err((*expected).to_owned()),
+            "{present:?} {path} {value:?}"
+        );
     }
     let unknown = change("", &[("max_packets", Some("5"))]).unwrap_err();
-    assert!(unknown.starts_with("max_packets: unknown field `max_packets`, expected one of `max_packet_bytes`, `name`"), "{unknown}");
+    assert!(
+        unknown.starts_with(
+            "max_packets: unknown field `max_packets`, expected one of `max_packet_bytes`, `name`"
+        ),
+        "{unknown}"
+    );
 }
 
 #[test]
@@ -139,7 +189,10 @@ fn broken_documents() {
     };
     assert_eq!(check("on: true\non: false"), "duplicate entry with key \"on\"");
     assert_eq!(check("- 1"), "invalid type: sequence, expected struct Gate");
-    assert_eq!(check("\"text"), "found unexpected end of stream at line 1 column 6, while scanning a quoted scalar");
+    assert_eq!(
+        check("\"text"),
+        "found unexpected end of stream at line 1 column 6, while scanning a quoted scalar"
+    );
     assert_eq!(check("limits: {rate: fast}"), "limits.rate: invalid type: string \"fast\", expected f64");
 }
 
@@ -150,5 +203,8 @@ fn one_root_app() {
     assert_eq!((kind.check_among)("mine", "root: true", &others("false")), []);
     assert_eq!((kind.check_among)("mine", "root: false", &others("true")), []);
     let refused = (kind.check_among)("mine", "root: true", &others("true"));
-    assert_eq!(refused[0].to_string(), "root: is already true in app/other: a cluster has at most one root app");
+    assert_eq!(
+        refused[0].to_string(),
+        "root: is already true in app/other: a cluster has at most one root app"
+    );
 }

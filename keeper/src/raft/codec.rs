@@ -87,7 +87,8 @@ impl Encode for WalPayload {
             Payload::Normal(entry) => (NORMAL, entry.to_bytes()),
             Payload::Membership(membership) => (MEMBERSHIP, serde_json::to_vec(membership)?),
         };
-        let length = u32::try_from(bytes.len()).map_err(|_| io::Error::other("an entry is larger than 4 GiB"))?;
+        let length =
+            u32::try_from(bytes.len()).map_err(|_| io::Error::other("an entry is larger than 4 GiB"))?;
         let n = kind.encode(&mut w)? + length.encode(&mut w)?;
         w.write_all(&bytes)?;
         Ok(n + bytes.len())
@@ -109,7 +110,11 @@ impl Decode for WalPayload {
             BLANK => Payload::Blank,
             NORMAL => Payload::Normal(Entry::from_bytes(&bytes).map_err(|error| invalid(error.to_string()))?),
             MEMBERSHIP => Payload::Membership(serde_json::from_slice(&bytes)?),
-            other => return Err(invalid(format!("a log entry is of unknown kind {other}: written by a newer version?"))),
+            other => {
+                return Err(invalid(format!(
+                    "a log entry is of unknown kind {other}: written by a newer version?"
+                )));
+            }
         };
         Ok(WalPayload(payload))
     }

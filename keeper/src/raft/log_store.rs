@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::OptionalSend;
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use raft_log::api::raft_log_writer::RaftLogWriter as _;
 use raft_log::{Config, RaftLog};
@@ -81,7 +81,8 @@ impl LogStore {
     }
 
     fn opened(&self) -> io::Result<Opened<'_>> {
-        MutexGuard::try_map(self.log.lock(), Option::as_mut).map_err(|_| io::Error::other("the log is closed"))
+        MutexGuard::try_map(self.log.lock(), Option::as_mut)
+            .map_err(|_| io::Error::other("the log is closed"))
     }
 }
 
@@ -163,7 +164,14 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         let mut log = self.opened()?;
-        log.truncate(last_log_id.map_or(0, |log_id| log_id.index + 1))?;
+        let state = log.log_state();
+        let next = |log_id: Option<&WalLogId>| log_id.map_or(0, |log_id| log_id.0.index + 1);
+        let (first, end) = (next(state.purged()), next(state.last()));
+        let from = last_log_id.map_or(0, |log_id| log_id.index + 1).max(first);
+        if from >= end {
+            return Ok(());
+        }
+        log.truncate(from)?;
         log.flush(true, None)
     }
 

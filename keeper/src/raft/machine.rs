@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::{Stream, TryStreamExt as _};
-use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::OptionalSend;
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -110,7 +110,8 @@ impl Machinery {
 fn decode(body: &[u8]) -> io::Result<Machinery> {
     let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot {error}"));
     let (state, meta) = State::decode(body).map_err(|error| invalid(error.to_string()))?;
-    let meta: RaftMeta = serde_json::from_slice(&meta).map_err(|error| invalid(format!("has a broken head: {error}")))?;
+    let meta: RaftMeta =
+        serde_json::from_slice(&meta).map_err(|error| invalid(format!("has a broken head: {error}")))?;
     Ok(Machinery { state, applied: meta.applied, membership: meta.membership })
 }
 
@@ -120,7 +121,8 @@ fn read_snapshot(directory: &Path) -> io::Result<Option<Vec<u8>>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    let invalid = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot {text}")));
+    let invalid =
+        |text: &str| Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot {text}")));
     if bytes.len() < 16 || &bytes[..8] != MAGIC {
         return invalid("is not one of this version");
     }
@@ -153,7 +155,11 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
         let work = move || {
             let (meta, body) = (machinery.meta(), machinery.encode()?);
             machine.store(&meta, &body)?;
-            tracing::debug!(index = meta.last_log_id.map(|id| id.index), bytes = body.len(), "snapshot written");
+            tracing::debug!(
+                index = meta.last_log_id.map(|id| id.index),
+                bytes = body.len(),
+                "snapshot written"
+            );
             Ok(Snapshot { meta, snapshot: body })
         };
         tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
@@ -206,8 +212,11 @@ impl RaftStateMachine<TypeConfig> for Machine {
             let machinery = decode(&snapshot)?;
             machine.store(&meta, &snapshot)?;
             let revision = machinery.state.revision();
-            *machine.inner.machinery.write() =
-                Machinery { state: machinery.state, applied: meta.last_log_id, membership: meta.last_membership };
+            *machine.inner.machinery.write() = Machinery {
+                state: machinery.state,
+                applied: meta.last_log_id,
+                membership: meta.last_membership,
+            };
             machine.inner.revision.send_replace(revision);
             Ok(())
         };

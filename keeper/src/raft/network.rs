@@ -4,7 +4,9 @@ use std::future::Future;
 
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
+};
 use openraft::{BasicNode, OptionalSend};
 
 use super::types::{Snapshot, TypeConfig, Vote};
@@ -21,7 +23,8 @@ pub(crate) struct Peer {
 impl Peer {
     fn unreachable(&self) -> Unreachable<TypeConfig> {
         let Peer { node, address } = self;
-        let text = format!("keeper node {node:016x} at {address:?} is unreachable: only single-node clusters yet");
+        let text =
+            format!("keeper node {node:016x} at {address:?} is unreachable: only single-node clusters yet");
         Unreachable::from_string(text)
     }
 }

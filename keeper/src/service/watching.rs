@@ -32,7 +32,10 @@ impl Drop for Counted {
     }
 }
 
-pub(crate) async fn start(core: &Shared, request: v1::WatchRequest) -> Result<ReceiverStream<Message>, Status> {
+pub(crate) async fn start(
+    core: &Shared,
+    request: v1::WatchRequest,
+) -> Result<ReceiverStream<Message>, Status> {
     if request.prefixes.is_empty() || request.prefixes.len() > MAX_PREFIXES {
         return Err(Status::invalid_argument(format!("a watch needs from 1 to {MAX_PREFIXES} prefixes")));
     }
@@ -45,7 +48,8 @@ pub(crate) async fn start(core: &Shared, request: v1::WatchRequest) -> Result<Re
     core.node.linearize().await?;
     let revision = core.node.state().revision();
     if request.after_revision > revision {
-        let text = format!("revision {} is ahead of this keeper, which is at {revision}", request.after_revision);
+        let text =
+            format!("revision {} is ahead of this keeper, which is at {revision}", request.after_revision);
         return Err(Status::out_of_range(text));
     }
     let (sender, receiver) = mpsc::channel(QUEUE);

@@ -71,10 +71,8 @@ proptest! {
             let next = assign(&before, &instances);
             prop_assert_eq!(next.slots.len(), SLOTS as usize);
             // Every slot has a living owner, or there is none.
-            prop_assert!(next.slots.iter().all(|(o, _)| match o {
-                Some(o) => instances.contains(o),
-                None => instances.is_empty(),
-            }));
+            let owned = |owner: &Option<Owner>| owner.as_ref().map_or(instances.is_empty(), |o| instances.contains(o));
+            prop_assert!(next.slots.iter().all(|(owner, _)| owned(owner)));
             // Even to within one.
             let held = counts(&next);
             if !instances.is_empty() {

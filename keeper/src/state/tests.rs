@@ -28,7 +28,12 @@ fn compare(key: &str, target: Target) -> v1::Compare {
     v1::Compare { key: key.to_owned(), target: Some(target) }
 }
 
-fn apply(state: &mut State, compare: Vec<v1::Compare>, then: Vec<v1::Op>, otherwise: Vec<v1::Op>) -> v1::KeeperApplied {
+fn apply(
+    state: &mut State,
+    compare: Vec<v1::Compare>,
+    then: Vec<v1::Op>,
+    otherwise: Vec<v1::Op>,
+) -> v1::KeeperApplied {
     state.apply(&v1::KeeperEntry { txn: Some(v1::TxnRequest { compare, then, otherwise }) })
 }
 
@@ -116,13 +121,19 @@ fn otherwise_is_carried_out_when_a_compare_fails() {
     assert!(first.txn.unwrap().succeeded);
     let second = apply(&mut state, absent(), vec![put("lock", "you", 0)], vec![put("lost", "you", 0)]);
     assert!(!second.txn.unwrap().succeeded);
-    assert_eq!((value(&state, "lock").as_deref(), value(&state, "lost").as_deref()), (Some("me"), Some("you")));
+    assert_eq!(
+        (value(&state, "lock").as_deref(), value(&state, "lost").as_deref()),
+        (Some("me"), Some("you"))
+    );
 }
 
 #[test]
 fn leases_take_their_keys_with_them_in_one_revision() {
     let mut state = State::default();
-    do_it(&mut state, vec![grant(1), grant(2), put("a", "", 1), put("b", "", 1), put("c", "", 2), put("d", "", 2)]);
+    do_it(
+        &mut state,
+        vec![grant(1), grant(2), put("a", "", 1), put("b", "", 1), put("c", "", 2), put("d", "", 2)],
+    );
     // A key that is written again without the lease, or with another one, leaves the first.
     do_it(&mut state, vec![put("b", "", 0), put("d", "", 1)]);
     let expired = do_it(&mut state, vec![revoke(&[1, 2, 77])]);
@@ -182,7 +193,10 @@ fn old_changes_are_forgotten_and_watchers_are_told() {
     assert_eq!(state.compacted(), 10);
     assert_eq!(state.changes(&[String::new()], 9, 9), Changes::Compacted(10));
     assert!(matches!(state.changes(&[String::new()], 10, 9), Changes::Up { revision: 11, .. }));
-    assert!(!holds(&mut state, "other/", Target::PrefixUnchangedSince(9)), "what is not known is not promised");
+    assert!(
+        !holds(&mut state, "other/", Target::PrefixUnchangedSince(9)),
+        "what is not known is not promised"
+    );
     let big = "x".repeat(MAX_EVENT_BYTES / 4);
     for _ in 0..8 {
         do_it(&mut state, vec![put("big", &big, 0)]);

@@ -82,7 +82,11 @@ fn the_same_state_again_tells_nobody() {
     let mut board = Board::new();
     let mut gate = board.config::<Gate>();
     let mut gateways = board.instances(Role::Gateway);
-    let record = v1::InstanceRecord { id: "g".into(), roles: vec!["gateway".into(), "new-role".into()], ..Default::default() };
+    let record = v1::InstanceRecord {
+        id: "g".into(),
+        roles: vec!["gateway".into(), "new-role".into()],
+        ..Default::default()
+    };
     let state = vec![document(1, "limit: 5"), event(&keys::instance("g"), 2, &record)];
     board.replace("c".into(), state.clone(), 0);
     gate.mark_unchanged();
