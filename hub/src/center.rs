@@ -4,6 +4,7 @@
 mod auth;
 mod batch;
 pub mod body;
+mod check;
 mod cluster;
 mod grpc;
 pub(crate) mod http;
@@ -21,9 +22,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use carillon_agent::Live;
 use carillon_agent::app::App;
-use carillon_proto::{now_ms, topic, v1};
+use carillon_proto::{topic, v1};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
+
+use check::{check_device, check_id, full_topic, message, parse_position};
 
 pub use auth::Caller;
 pub use cluster::{Cluster, ClusterError};
@@ -155,12 +158,6 @@ pub struct Accepted {
     pub duplicate: bool,
 }
 
-/// Longest id that a caller may give, bytes.
-const MAX_ID_BYTES: usize = 128;
-/// Most user properties of a message.
-const MAX_USER_PROPERTIES: usize = 64;
-/// All properties of a message together, bytes.
-const MAX_PROPERTIES_BYTES: usize = 16 * 1024;
 /// Messages in one answer to a pull, and how many when the caller does not say.
 pub const MAX_PULL: u32 = 1000;
 pub const DEFAULT_PULL: u32 = 100;
@@ -168,8 +165,6 @@ pub const DEFAULT_PULL: u32 = 100;
 const MAX_PULL_BYTES: u32 = 4 * 1024 * 1024;
 /// Highest rate of a broadcast that can be asked for, per second.
 const MAX_BROADCAST_RATE: f64 = 1e9;
-/// Longest client id that can be asked for, bytes (MQTT 5.0 §1.5.4).
-const MAX_DEVICE_BYTES: usize = 65_535;
 
 impl Center {
     pub fn new(deps: Deps) -> Self {
@@ -215,30 +210,46 @@ impl Center {
         caller: &Caller,
         push: Push,
     ) -> Result<impl Future<Output = Result<Accepted, Problem>> + Send + use<>, Problem> {
-        let result = self.check_push(caller, push).and_then(|request| {
+        let checked = self.check_push(caller, push).and_then(|checked| {
             self.take_rate(caller)?;
-            Ok(request)
+            Ok(checked)
         });
-        let (request, accepted) = match result {
-            Ok(request) => request,
-            Err(problem) => {
-                self.inner.metrics.push(problem.kind.entry().slug);
-                return Err(problem);
+        self.counted(checked).map(|checked| self.publish(checked))
+    }
+
+    /// As [`push`](Self::push), but when the app's rate is used up it waits for it, at most [`Options::rate_wait`].
+    pub async fn push_in_time(
+        &self,
+        caller: &Caller,
+        push: Push,
+    ) -> Result<impl Future<Output = Result<Accepted, Problem>> + Send + use<>, Problem> {
+        let checked = self.counted(self.check_push(caller, push))?;
+        let deadline = Instant::now() + self.inner.options.rate_wait;
+        let rate = caller.app.limits.push_rate_per_second;
+        // Others may be faster to take what there is: ask again after each wait.
+        while let Err(wait) = self.inner.rates.take(&caller.name, rate, Instant::now()) {
+            if Instant::now() + wait > deadline {
+                return self.counted(Err(rate_used_up(caller, wait)));
             }
-        };
+            tokio::time::sleep(wait).await;
+        }
+        Ok(self.publish(checked))
+    }
+
+    fn publish(
+        &self,
+        (request, accepted): (v1::PublishRequest, Accepted),
+    ) -> impl Future<Output = Result<Accepted, Problem>> + Send + use<> {
         let answer = self.inner.cluster.publish(request);
         let metrics = self.inner.metrics.clone();
-        Ok(async move {
+        async move {
             let result = match answer.await {
-                Ok(published) => match published_as(&published) {
-                    Ok(()) => Ok(Accepted {
-                        epoch: published.epoch,
-                        seq: published.seq,
-                        duplicate: published.duplicate,
-                        ..accepted
-                    }),
-                    Err(problem) => Err(problem),
-                },
+                Ok(published) => published_as(&published).map(|()| Accepted {
+                    epoch: published.epoch,
+                    seq: published.seq,
+                    duplicate: published.duplicate,
+                    ..accepted
+                }),
                 Err(error) => Err(from_cluster(error)),
             };
             metrics.push(match &result {
@@ -247,34 +258,18 @@ impl Center {
                 Err(problem) => problem.kind.entry().slug,
             });
             result
-        })
+        }
     }
 
-    /// Waits until the app's rate allows a push; at most as long as a line of a batch may.
-    async fn wait_for_rate(&self, caller: &Caller) {
-        let rate = caller.app.limits.push_rate_per_second;
-        let deadline = Instant::now() + self.inner.options.rate_wait;
-        while let Err(wait) = self.inner.rates.peek(&caller.name, rate, Instant::now()) {
-            let now = Instant::now();
-            if now + wait > deadline {
-                return;
-            }
-            tokio::time::sleep(wait).await;
-        }
+    /// A push that is refused here is counted here.
+    fn counted<T>(&self, result: Result<T, Problem>) -> Result<T, Problem> {
+        result.inspect_err(|problem| self.inner.metrics.push(problem.kind.entry().slug))
     }
 
     fn take_rate(&self, caller: &Caller) -> Result<(), Problem> {
         let rate = caller.app.limits.push_rate_per_second;
-        self.inner.rates.take(&caller.name, rate, Instant::now()).map_err(|wait| Problem {
-            retry_after_seconds: Some(wait.as_secs_f64().ceil().max(1.0) as u64),
-            ..Problem::new(
-                Kind::TooManyRequests,
-                format!(
-                    "app `{}` may make {rate} pushes per second (limits.push_rate_per_second)",
-                    caller.name
-                ),
-            )
-        })
+        let taken = self.inner.rates.take(&caller.name, rate, Instant::now());
+        taken.map_err(|wait| rate_used_up(caller, wait))
     }
 
     fn check_push(&self, caller: &Caller, push: Push) -> Result<(v1::PublishRequest, Accepted), Problem> {
@@ -415,118 +410,13 @@ impl Center {
     }
 }
 
-/// The message, once all that is the caller's to get right has been checked.
-#[allow(clippy::too_many_arguments)] // each is a field of the message
-fn message(
-    caller: &Caller,
-    topic: String,
-    payload: Bytes,
-    qos: Option<u64>,
-    ttl_seconds: u32,
-    id: Option<String>,
-    retain: bool,
-    properties: v1::Properties,
-) -> Result<v1::Message, Problem> {
-    topic::check_name(&topic).map_err(|error| Problem::field("topic", error))?;
-    let qos = match qos.unwrap_or(1) {
-        qos @ (0 | 1) => qos as u32,
-        _ => return Err(Problem::field("qos", "must be 0 or 1")),
-    };
-    if let Some(id) = &id {
-        check_id(id)?;
+fn rate_used_up(caller: &Caller, wait: Duration) -> Problem {
+    let (app, rate) = (&caller.name, caller.app.limits.push_rate_per_second);
+    let detail = format!("app `{app}` may make {rate} pushes per second (limits.push_rate_per_second)");
+    Problem {
+        retry_after_seconds: Some(wait.as_secs_f64().ceil().max(1.0) as u64),
+        ..Problem::new(Kind::TooManyRequests, detail)
     }
-    check_properties(&properties)?;
-    let max = caller.app.limits.max_payload_bytes;
-    if payload.len() > max as usize {
-        return Err(Problem {
-            field: Some("payload".to_owned()),
-            ..Problem::new(
-                Kind::PayloadTooLarge,
-                format!(
-                    "`payload` has {} bytes; app `{}` allows {max} (limits.max_payload_bytes)",
-                    payload.len(),
-                    caller.name
-                ),
-            )
-        });
-    }
-    let now = now_ms();
-    Ok(v1::Message {
-        topic,
-        payload,
-        qos,
-        retain,
-        id: id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
-        published_ms: now,
-        expires_ms: if ttl_seconds == 0 { 0 } else { now + u64::from(ttl_seconds) * 1000 },
-        properties: Some(properties),
-        ..v1::Message::default()
-    })
-}
-
-/// The full name of a topic that was named in full or without the app's level.
-fn full_topic(app: &str, name: &str) -> Result<String, Problem> {
-    let below = name.strip_prefix(app).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
-    let invalid = |error| Problem::field("topic", error);
-    topic::check_name(below).map_err(invalid)?;
-    let full = format!("{app}/{below}");
-    topic::check_name(&full).map_err(invalid)?;
-    Ok(full)
-}
-
-fn check_id(id: &str) -> Result<(), Problem> {
-    let ok = (1..=MAX_ID_BYTES).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
-    if ok {
-        Ok(())
-    } else {
-        Err(Problem::field("id", format!("must be 1 to {MAX_ID_BYTES} visible ASCII characters")))
-    }
-}
-
-fn check_device(device: &str) -> Result<(), Problem> {
-    if device.is_empty() {
-        return Err(Problem::field("device", "is empty"));
-    }
-    if device.len() > MAX_DEVICE_BYTES {
-        return Err(Problem::field("device", format!("is longer than {MAX_DEVICE_BYTES} bytes")));
-    }
-    Ok(())
-}
-
-fn check_properties(properties: &v1::Properties) -> Result<(), Problem> {
-    if properties.user.len() > MAX_USER_PROPERTIES {
-        return Err(Problem::field("properties", format!("has more than {MAX_USER_PROPERTIES} entries")));
-    }
-    // MQTT 5.0 §1.5.4: no NUL in a string.
-    if properties.content_type.contains('\0') {
-        return Err(Problem::field("content_type", "contains a NUL"));
-    }
-    if !properties.response_topic.is_empty() {
-        topic::check_name(&properties.response_topic)
-            .map_err(|error| Problem::field("response_topic", error))?;
-    }
-    let mut bytes =
-        properties.content_type.len() + properties.response_topic.len() + properties.correlation_data.len();
-    for pair in &properties.user {
-        if pair.key.contains('\0') || pair.value.contains('\0') {
-            return Err(Problem::field("properties", "contains a NUL"));
-        }
-        bytes += pair.key.len() + pair.value.len();
-    }
-    if bytes > MAX_PROPERTIES_BYTES {
-        return Err(Problem::field(
-            "properties",
-            format!("are longer than {MAX_PROPERTIES_BYTES} bytes together"),
-        ));
-    }
-    Ok(())
-}
-
-fn parse_position(text: &str) -> Result<(u64, u64), Problem> {
-    let digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse().ok()).flatten();
-    text.split_once(':').and_then(|(epoch, seq)| Some((digits(epoch)?, digits(seq)?))).ok_or_else(|| {
-        Problem::field("after", "must be {epoch}:{seq}, two numbers, as `next` of the answer before")
-    })
 }
 
 /// What the owner of the topic says, as what the caller is told.

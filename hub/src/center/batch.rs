@@ -133,14 +133,8 @@ impl Batch {
         let bytes = push.as_ref().map_or(0, |push| push.payload.len());
         self.in_flight_bytes += bytes;
         let begun = match push {
-            Ok(push) => {
-                self.center.wait_for_rate(&self.caller).await;
-                self.center.push(&self.caller, push)
-            }
-            Err(problem) => {
-                self.center.inner.metrics.push(problem.kind.entry().slug);
-                Err(problem)
-            }
+            Ok(push) => self.center.push_in_time(&self.caller, push).await,
+            Err(problem) => self.center.counted(Err(problem)),
         };
         self.in_flight.push_back(match begun {
             Ok(accepted) => async move { (number, bytes, accepted.await) }.boxed(),

@@ -120,7 +120,11 @@ impl v1::center_server::Center for Grpc {
         // It ends with the requests, or when nobody takes the replies.
         tokio::spawn(async move {
             let _permit = permit;
+            let (started, metrics) = (Instant::now(), center.inner.metrics.clone());
+            let in_flight = metrics.begin();
             pushes(center, key, requests, replies).await;
+            drop(in_flight);
+            metrics.request("PushStream", "Ok", started.elapsed());
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -272,7 +276,5 @@ async fn begin(
     request: v1::PushRequest,
 ) -> Result<impl Future<Output = Result<Accepted, Problem>> + Send + use<>, Problem> {
     let caller = center.authorise(&request.app, key)?;
-    let push = push_of(request)?;
-    center.wait_for_rate(&caller).await;
-    center.push(&caller, push)
+    center.push_in_time(&caller, push_of(request)?).await
 }

@@ -6,7 +6,7 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Reg
 
 /// Requests, by `route` (HTTP: method and path template; gRPC: method) and `status` (HTTP status or gRPC code).
 pub const REQUESTS_TOTAL: &str = "carillon_center_requests_total";
-/// Time from a request's head to the head of its answer, by `route`.
+/// Time from the head of a request to the head of its answer, by `route`; of a push stream, until its end.
 pub const REQUEST_SECONDS: &str = "carillon_center_request_seconds";
 /// Requests that are being carried out.
 pub const IN_FLIGHT_REQUESTS: &str = "carillon_center_in_flight_requests";

@@ -20,15 +20,6 @@ struct Bucket {
 impl Rates {
     /// Takes a token of `app`'s bucket, or says how long until there is one. 0 a second = no limit.
     pub fn take(&self, app: &str, per_second: u32, now: Instant) -> Result<(), Duration> {
-        self.look(app, per_second, now, 1.0)
-    }
-
-    /// As [`take`](Self::take), but takes nothing.
-    pub fn peek(&self, app: &str, per_second: u32, now: Instant) -> Result<(), Duration> {
-        self.look(app, per_second, now, 0.0)
-    }
-
-    fn look(&self, app: &str, per_second: u32, now: Instant, tokens: f64) -> Result<(), Duration> {
         if per_second == 0 {
             return Ok(());
         }
@@ -42,7 +33,7 @@ impl Rates {
         bucket.tokens = (bucket.tokens + gained).min(per_second);
         bucket.at = now;
         if bucket.tokens >= 1.0 {
-            bucket.tokens -= tokens;
+            bucket.tokens -= 1.0;
             return Ok(());
         }
         Err(Duration::from_secs_f64((1.0 - bucket.tokens) / per_second))
@@ -65,11 +56,6 @@ mod tests {
         assert_eq!(rates.take("b", 10, now), Ok(()), "another app has its own");
         assert_eq!(rates.take("a", 0, now), Ok(()), "0 is no limit");
         now += wait + Duration::from_millis(1);
-        assert_eq!(
-            (rates.peek("a", 10, now), rates.peek("a", 10, now)),
-            (Ok(()), Ok(())),
-            "looking takes nothing"
-        );
         assert_eq!(rates.take("a", 10, now), Ok(()));
         assert!(rates.take("a", 10, now).is_err());
         // Hours of silence save up no more than a second's worth.

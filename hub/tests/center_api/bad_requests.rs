@@ -338,8 +338,11 @@ async fn an_app_cannot_push_faster_than_its_limit() {
         let request = harness.client.post(harness.url("/v1/apps/shop/users/bob/messages")).bearer_auth(SHOP);
         request.body(format!(r#"{{"payload": "{i}"}}"#)).send()
     };
+    let begun = std::time::Instant::now();
     let responses = futures::future::join_all((0..40).map(push)).await;
-    let mut refused = 0;
+    // Ten at once, and ten more each second that it took.
+    let most = 11 + begun.elapsed().as_millis() as usize / 100;
+    let mut accepted = 0;
     for response in responses {
         let response = response.expect("an answer");
         if response.status() == 429 {
@@ -350,18 +353,18 @@ async fn an_app_cannot_push_faster_than_its_limit() {
                 problem["detail"].as_str().unwrap_or_default().contains("10 pushes per second"),
                 "{problem}"
             );
-            refused += 1;
         } else {
             assert_eq!(response.status(), 202);
+            accepted += 1;
         }
     }
-    assert!((20..=30).contains(&refused), "{refused} of 40 were refused");
+    assert!((10..=most).contains(&accepted), "{accepted} were accepted, {most} may be");
 }
 
 #[tokio::test]
 async fn a_body_that_does_not_come_and_one_too_many_are_refused() {
     let options = center::Options {
-        body_timeout: Duration::from_millis(300),
+        body_timeout: Duration::from_secs(2),
         max_requests: 1,
         ..center::Options::default()
     };
@@ -378,7 +381,8 @@ async fn a_body_that_does_not_come_and_one_too_many_are_refused() {
     let mut answer = Vec::new();
     let mut part = [0; 4096];
     while !String::from_utf8_lossy(&answer).contains("request-timeout") {
-        let read = tokio::time::timeout(Duration::from_secs(5), slow.read(&mut part)).await.expect("in time");
+        let read =
+            tokio::time::timeout(Duration::from_secs(10), slow.read(&mut part)).await.expect("in time");
         let read = read.expect("an answer");
         assert!(read > 0, "closed after {}", String::from_utf8_lossy(&answer));
         answer.extend_from_slice(&part[..read]);

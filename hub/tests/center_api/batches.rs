@@ -157,19 +157,19 @@ async fn lines_wait_for_their_apps_rate_and_batches_for_a_place() {
         harness.client.post(harness.url("/v1/apps/shop/messages:batch")).bearer_auth(SHOP).body(body).send()
     };
     let slow = async {
-        let response = shop(line.repeat(15)).await.expect("an answer");
+        let response = shop(line.repeat(25)).await.expect("an answer");
         lines(&response.text().await.expect("lines"))
     };
     let second = async {
-        tokio::time::sleep(Duration::from_millis(150)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
         shop(line.to_owned()).await.expect("an answer").status()
     };
     let (answers, second) = tokio::join!(slow, second);
     assert_eq!(second, 503);
-    assert!(answers.len() == 15 && answers.iter().all(|answer| answer["seq"].is_u64()), "{answers:?}");
-    // Ten at once, the other five at ten a second.
+    assert!(answers.len() == 25 && answers.iter().all(|answer| answer["seq"].is_u64()), "{answers:?}");
+    // Ten at once, the other fifteen at ten a second.
     let took = begun.elapsed();
-    assert!((Duration::from_millis(400)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    assert!((Duration::from_millis(1400)..Duration::from_secs(10)).contains(&took), "{took:?}");
 }
 
 #[tokio::test]
