@@ -83,8 +83,11 @@ pub fn admit(connect: &Connect<'_>, apps: &Apps, leeway_seconds: u32) -> Result<
         return refuse(reason::SERVER_UNAVAILABLE, "the gateway has no configuration yet");
     }
     match connect.password {
-        Some(token) => with_token(token, client_id, is_client_id_assigned, apps, leeway_seconds),
-        None => anonymously(connect.username, client_id, is_client_id_assigned, apps),
+        // Some clients send an empty password with every user name.
+        Some(token) if !token.is_empty() => {
+            with_token(token, client_id, is_client_id_assigned, apps, leeway_seconds)
+        }
+        _ => anonymously(connect.username, client_id, is_client_id_assigned, apps),
     }
 }
 

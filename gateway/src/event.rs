@@ -80,6 +80,8 @@ pub enum Event {
     },
     /// Announce the sessions whose users' inboxes are in these slots (a flag for each slot).
     AnnounceSessions(Arc<Vec<bool>>),
+    /// Another saver, or the same one after a restart: tell it which sessions are here.
+    SaverChanged,
     /// Disconnect everyone and end; answered when their sessions have been handed to the saver.
     Stop(oneshot::Sender<()>),
 }

@@ -362,6 +362,9 @@ async fn follow_savers(inner: Arc<Inner>) {
             tracing::info!(saver = %next.0, address = %next.2, "using saver");
             inner.saver.store(Some(Arc::new(Exchange::start(endpoint, Options::default()))));
             current = Some(next);
+            for shard in inner.shards() {
+                shard.post(Event::SaverChanged);
+            }
         }
         tokio::select! {
             changed = savers.changed() => if changed.is_err() { return },

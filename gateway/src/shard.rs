@@ -289,6 +289,7 @@ impl Shard {
             Event::Kick { conn, reason, then } => self.kick(conn, reason, then),
             Event::Proceed { conn } => self.proceed(conn),
             Event::AnnounceSessions(slots) => self.announce_sessions(&slots),
+            Event::SaverChanged => self.claim_sessions(),
             Event::Stop(done) => self.stopping = Some(done),
         }
     }
@@ -380,6 +381,15 @@ impl Shard {
             let inbox = carillon_proto::topic::inbox(&session.app, &session.user);
             if slots[carillon_proto::topic::slot_of(&inbox) as usize] {
                 self.link.session_changed(connect::online(session, true));
+            }
+        }
+    }
+
+    /// A saver that has restarted takes every session for closed, and lets it expire, until it hears of it.
+    fn claim_sessions(&self) {
+        for (_, conn) in &self.conns {
+            if let Some(session) = conn.session.as_ref().filter(|session| session.attachment.is_some()) {
+                self.send_acks(session, Vec::new());
             }
         }
     }

@@ -21,7 +21,7 @@ impl Link {
     /// answered in time. Publishes of one thread to one topic are sequenced in the order of these calls.
     pub fn publish(&self, message: v1::Message, done: impl FnOnce(PublishOutcome) + Send + 'static) {
         // The first try is queued here and now: order is the order of calls.
-        let first = self.forward(&message, false);
+        let first = self.forward(&message);
         let link = self.clone();
         self.inner.runtime.spawn(async move {
             let deadline = Instant::now() + OWNER_WAIT;
@@ -48,8 +48,9 @@ impl Link {
                 }
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(Duration::from_millis(500));
-                // It may have been accepted although we have not heard so: the id makes the second try harmless.
-                attempt = link.forward(&message, true);
+                // It may have been accepted although we have not heard so; then it is published twice, with one id. That is
+                // what QoS 1 promises, and cheaper than a look-up for each message.
+                attempt = link.forward(&message);
             };
             done(PublishOutcome { reason: outcome });
         });
@@ -58,7 +59,6 @@ impl Link {
     fn forward(
         &self,
         message: &v1::Message,
-        again: bool,
     ) -> Option<impl Future<Output = Result<v1::Published, CallError>> + Send + use<>> {
         let owner = self.inner.owner(&message.topic)?;
         let registries = self.inner.registries.read();
@@ -66,7 +66,7 @@ impl Link {
             correlation: 0,
             message: Some(message.clone()),
             store: None,
-            idempotent: again && !message.id.is_empty(),
+            idempotent: false,
         };
         Some(registries.get(&owner)?.publish.call(request))
     }

@@ -51,7 +51,7 @@ pub struct Conn {
     /// Bytes of a packet that is not complete, or that is not handled yet.
     pub partial: Option<Box<Vec<u8>>>,
     pub out: Option<Box<Outbound>>,
-    pub websocket: Option<Box<websocket::Decoder>>,
+    pub websocket: Option<websocket::Decoder>,
     pub session: Option<Box<Session>>,
     pub subs: SmallVec<[SubRef; 1]>,
 }

@@ -90,7 +90,7 @@ impl Shard {
                 if conn.send_raw(&response, now).is_err() {
                     return self.close(index, Reason::Network);
                 }
-                conn.websocket = Some(Box::new(websocket::Decoder::new()));
+                conn.websocket = Some(websocket::Decoder::new());
                 if consumed < request.len() {
                     self.unframe(index, &mut request[consumed..]);
                 }
@@ -134,7 +134,10 @@ impl Shard {
             None => self.mqtt(index, bytes),
             Some(mut partial) => {
                 partial.extend_from_slice(bytes);
-                if conn.is_paused {
+                // A packet that comes in many pieces is put together in one buffer, not copied with each of them.
+                let incomplete =
+                    matches!(codec::frame(&partial, self.config.max_packet_bytes as usize), Ok(None));
+                if conn.is_paused || incomplete {
                     conn.partial = Some(partial);
                 } else {
                     self.mqtt(index, &partial);
