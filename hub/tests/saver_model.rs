@@ -170,8 +170,8 @@ impl Model {
         session
             .cursors
             .retain(|&at, _| filters.iter().any(|&held| topic::matches(FILTERS[held], TOPICS[at])));
-        for at in 0..TOPICS.len() {
-            if topic::matches(FILTERS[filter], TOPICS[at]) {
+        for (at, name) in TOPICS.iter().enumerate() {
+            if topic::matches(FILTERS[filter], name) {
                 self.consume(at, None);
             }
         }
@@ -370,8 +370,14 @@ async fn run(steps: Vec<Step>) {
     store.stop().await;
 }
 
+/// As many as `PROPTEST_CASES` says, few by default: each opens a store, and syncs at every step.
+fn config() -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(32);
+    ProptestConfig { cases, max_shrink_iters: 300, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn the_store_does_what_the_model_does(steps in prop::collection::vec(step(), 1..80)) {

@@ -80,7 +80,7 @@ async fn appends_in_flight_keep_their_order() {
         .iter()
         .filter(|family| family.name() == "carillon_saver_commits_total")
         .flat_map(|family| family.get_metric())
-        .map(|metric| metric.get_counter().value())
+        .map(|metric| metric.get_counter().get_value())
         .sum();
     assert!(commits > 0.0 && commits < 1000.0, "{commits} commits for 5000 appends");
 }

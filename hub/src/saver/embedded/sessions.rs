@@ -119,6 +119,9 @@ impl Planner<'_> {
         let exact = !topic::is_wildcard(&filter);
         // An inbox begins at its beginning: what nobody has consumed is waiting.
         let baseline = if is_inbox(&filter) { 0 } else { self.index.position };
+        if is_inbox(&filter) || subscription.qos == 0 {
+            self.pin_cursors(id, &filter)?;
+        }
         let (existed, was_acked) = {
             let Some(session) = self.index.sessions.get_mut(&id) else {
                 return Err(StoreError::SessionMoved);
@@ -173,6 +176,7 @@ impl Planner<'_> {
     pub fn unsubscribe(&mut self, unsubscribe: v1::Unsubscribe) -> StoreResult<()> {
         let id = self.attached(unsubscribe.session.as_ref(), unsubscribe.attachment)?;
         for filter in &unsubscribe.filters {
+            self.pin_cursors(id, filter)?;
             let Some(session) = self.index.sessions.get_mut(&id) else { continue };
             let before = session.subscriptions.len();
             session.subscriptions.retain(|held| held.subscription.filter != *filter);
@@ -396,6 +400,25 @@ impl Planner<'_> {
             self.pending.cursors.insert((id, topic));
         }
         cursor.acked
+    }
+
+    /// Makes the cursors that the session stands at without having them, on topics of this filter: before its
+    /// subscriptions change, so that what another of them is owed stays as it is.
+    fn pin_cursors(&mut self, id: SessionId, filter: &str) -> StoreResult<()> {
+        let Some(session) = self.index.sessions.get(&id) else { return Ok(()) };
+        let others = |held: &Subscribed| held.subscription.qos > 0 && held.subscription.filter != filter;
+        if !session.subscriptions.iter().any(others) {
+            return Ok(());
+        }
+        let unpinned: Vec<TopicId> = index::matching(&self.index.names, filter)
+            .filter(|(name, topic)| session.cursor(**topic).is_none() && session.covers(name))
+            .map(|(_, &topic)| topic)
+            .collect();
+        for topic in unpinned {
+            let standing = self.standing(id, topic)?;
+            self.move_cursor(id, topic, standing, 0);
+        }
+        Ok(())
     }
 
     /// Removes the cursors on topics of this filter that no other subscription covers.
