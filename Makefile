@@ -1,0 +1,41 @@
+# What people and the checks run. `make` alone tells what there is.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help dev console build test fmt lint bench clean
+
+CARGO ?= cargo
+# Everything that is fetched or built outside of target/ and node_modules/.
+export CARILLON_CACHE ?= $(HOME)/.cache/carillon
+
+help: ## This list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+dev: console ## Build, start everything on this machine, and print what to do next (flags: make dev ARGS="--http 127.0.0.1:8081")
+	@$(CARGO) build --package carillon
+	@exec target/debug/carillon dev $(ARGS)
+
+console: ## Build the console, if Node is there
+	@tests/setup console
+
+build: console ## Build the binary as it is shipped: target/dist/carillon
+	@$(CARGO) build --profile dist --package carillon
+
+test: ## Set up what the tests need, and run all of them
+	@tests/run
+
+fmt: ## Format the sources
+	@$(CARGO) fmt --all
+
+lint: ## Formatting, clippy, licences and sources of dependencies
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	@tests/setup deny
+	@PATH="$(CARILLON_CACHE)/cargo/bin:$$PATH" $(CARGO) deny --log-level error check licenses bans sources
+
+bench: ## Run the benchmarks
+	@$(CARGO) bench --workspace --benches
+
+clean: ## Remove what was built (the data of `make dev` stays)
+	@$(CARGO) clean
+	@rm -rf console/dist console/node_modules client/js/dist client/js/node_modules gateway/fuzz/target
