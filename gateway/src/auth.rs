@@ -110,11 +110,14 @@ fn anonymously(
             }
             username.to_owned()
         }
-        // A client id may hold what a topic level may not.
-        _ => client_id
-            .chars()
-            .map(|c| if matches!(c, '/' | '+' | '#') || c.is_control() { '_' } else { c })
-            .collect(),
+        // A client id may hold what a user's name may not.
+        _ => {
+            let replaced = |(at, c): (usize, char)| {
+                let is_kept = !matches!(c, '/' | '+' | '#') && !c.is_control() && (at, c) != (0, '$');
+                if is_kept { c } else { '_' }
+            };
+            client_id.chars().enumerate().map(replaced).collect()
+        }
     };
     debug_assert!(app.root);
     let app = Arc::from(name.as_str());

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender};
 use tokio::sync::oneshot;
 
 use crate::delivery::Delivery;
-use crate::link::SaverFailure;
+use crate::link::{SaverFailure, SlotAnnouncement};
 
 /// A connection, named from outside its shard. The generation tells a connection from an earlier one in its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,8 +78,8 @@ pub enum Event {
     Proceed {
         conn: ConnId,
     },
-    /// Announce the sessions whose users' inboxes are in these slots (a flag for each slot).
-    AnnounceSessions(Arc<Vec<bool>>),
+    /// Announce the sessions whose users' inboxes are in these slots.
+    AnnounceSessions(Arc<SlotAnnouncement>),
     /// Another saver, or the same one after a restart: tell it which sessions are here.
     SaverChanged,
     /// Disconnect everyone and end; answered when their sessions have been handed to the saver.

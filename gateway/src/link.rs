@@ -27,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::routes::{Routes, ShardSet};
 use crate::sessions::Sessions;
 
+pub use attach::SlotAnnouncement;
 pub use saver::{SaverFailure, Wanted};
 
 /// How long a SUBSCRIBE waits for the topics' owners, and a publish for being accepted.
@@ -76,6 +77,8 @@ enum AttachCommand {
     /// These slots are this registry's now (or still, but it answered that they are not).
     Slots(Vec<u32>),
     Session(v1::SessionChange),
+    /// Everything in these slots has been announced.
+    Complete(Vec<v1::SlotEpoch>),
     Progress(v1::BroadcastProgress),
     Report(v1::GatewayReport),
 }
@@ -430,23 +433,15 @@ async fn follow_slots(inner: Arc<Inner>) {
         let next = maps.borrow_and_update().clone();
         let before = inner.slots.swap(next.clone());
         let mut moved: HashMap<Arc<str>, Vec<u32>> = HashMap::new();
-        let mut flags = vec![false; topic::SLOTS as usize];
         for (slot, owner) in next.slots.iter().enumerate() {
             if owner.instance.is_empty() || before.slots.get(slot) == Some(owner) {
                 continue;
             }
             inner.note_epoch(slot as u32, owner.epoch);
-            flags[slot] = true;
             moved.entry(owner.instance.clone()).or_default().push(slot as u32);
         }
         for (registry, slots) in moved {
             inner.to(&registry, AttachCommand::Slots(slots));
-        }
-        if flags.contains(&true) {
-            let flags = Arc::new(flags);
-            for shard in inner.shards() {
-                shard.post(Event::AnnounceSessions(flags.clone()));
-            }
         }
         tokio::select! {
             changed = maps.changed() => if changed.is_err() { return },

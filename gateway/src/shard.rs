@@ -288,7 +288,7 @@ impl Shard {
             Event::Read { conn, topic, result } => self.have_read(conn, &topic, result),
             Event::Kick { conn, reason, then } => self.kick(conn, reason, then),
             Event::Proceed { conn } => self.proceed(conn),
-            Event::AnnounceSessions(slots) => self.announce_sessions(&slots),
+            Event::AnnounceSessions(announcement) => self.announce_sessions(&announcement),
             Event::SaverChanged => self.claim_sessions(),
             Event::Stop(done) => self.stopping = Some(done),
         }
@@ -375,11 +375,11 @@ impl Shard {
         (self.apps.len() - 1) as u16
     }
 
-    fn announce_sessions(&mut self, slots: &[bool]) {
+    fn announce_sessions(&self, announcement: &crate::link::SlotAnnouncement) {
         for (_, conn) in &self.conns {
             let Some(session) = conn.session.as_ref().filter(|session| session.is_online) else { continue };
             let inbox = carillon_proto::topic::inbox(&session.app, &session.user);
-            if slots[carillon_proto::topic::slot_of(&inbox) as usize] {
+            if announcement.has(carillon_proto::topic::slot_of(&inbox)) {
                 self.link.session_changed(connect::online(session, true));
             }
         }

@@ -217,7 +217,6 @@ impl Manager {
         if changed {
             let routes = self.running.iter().map(|(name, handle)| (name.clone(), handle.inlet.clone()));
             self.routes.send_replace(Arc::new(routes.collect()));
-            self.shared.metrics.apps.set(self.running.len() as i64);
         }
         let registries = self.registries.borrow_and_update().clone();
         let alive: HashMap<(String, u64, String), &Instance> = registries

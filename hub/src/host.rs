@@ -107,6 +107,7 @@ impl Hub {
 
         let directory = Directory::new(agent.clone());
         let owners = OwnerClient::start(directory.clone(), client::Options::default());
+        let (stop_http, stop_grpc) = (CancellationToken::new(), CancellationToken::new());
         let saver = match has(Role::Saver) {
             true => {
                 let saver = SaverOptions::new(options.data_dir.join("saver"), &options.cluster);
@@ -114,6 +115,11 @@ impl Hub {
             }
             false => None,
         };
+        if let Some(saver) = &saver {
+            let closing = close_abandoned(saver.store().clone(), agent.instances(Role::Gateway));
+            let stopped = stop_grpc.clone();
+            tokio::spawn(async move { stopped.run_until_cancelled(closing).await });
+        }
         let registry = match has(Role::Registry) {
             true => Some(Registry::start(RegistryDeps {
                 instance: options.instance_id.clone(),
@@ -162,7 +168,6 @@ impl Hub {
         if let Some(center) = &center {
             routes.add_service(center.grpc_service());
         }
-        let (stop_http, stop_grpc) = (CancellationToken::new(), CancellationToken::new());
         let mut servers = vec![("grpc", serve_grpc(options.grpc, routes.routes(), stop_grpc.clone()))];
         if let Some(listener) = options.http {
             let mut router = options.console;
@@ -289,6 +294,38 @@ impl HubHandle {
         if tokio::time::timeout(GRACE, &mut task).await.is_err() {
             tracing::warn!(server = name, "connections were still open when the server was stopped");
             task.abort();
+        }
+    }
+}
+
+/// Sessions of a gateway that is gone, or that has started anew, count as closed from now: their expiry begins.
+async fn close_abandoned(
+    store: Arc<dyn crate::saver::Store>,
+    mut gateways: carillon_agent::Live<Vec<Instance>>,
+) {
+    let mut known: std::collections::HashMap<String, u64> = std::collections::HashMap::new();
+    loop {
+        let alive: std::collections::HashMap<String, u64> = gateways
+            .borrow_and_update()
+            .iter()
+            .map(|instance| (instance.id.clone(), instance.incarnation))
+            .collect();
+        let gone = known.iter().filter(|(id, _)| !alive.contains_key(*id)).map(|(id, last)| (id, last + 1));
+        let again = alive.iter().filter(|(id, now)| known.get(*id) != Some(*now)).map(|(id, now)| (id, *now));
+        for (gateway, below) in gone.chain(again) {
+            match store.close_attached(gateway.clone(), below).await {
+                Ok(0) => {}
+                Ok(sessions) => {
+                    tracing::info!(%gateway, sessions, "closed the sessions of a gateway that is gone")
+                }
+                Err(error) => {
+                    tracing::warn!(%gateway, %error, "cannot close the sessions of a gateway that is gone")
+                }
+            }
+        }
+        known = alive;
+        if gateways.changed().await.is_err() {
+            return;
         }
     }
 }

@@ -72,6 +72,11 @@ impl Directory {
         self.inner.instances[&role].borrow().clone()
     }
 
+    /// As [`live`](Self::live), to wait for changes.
+    pub fn watch(&self, role: Role) -> Live<Vec<Instance>> {
+        self.inner.instances[&role].clone()
+    }
+
     /// The live instances of a role that can be reached.
     pub fn instances(&self, role: Role) -> Vec<Instance> {
         self.live(role).iter().filter(|instance| instance.addresses.contains_key(GRPC)).cloned().collect()

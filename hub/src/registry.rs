@@ -208,6 +208,8 @@ impl Registry {
         if tokio::time::timeout(STOP_TIMEOUT, answered).await.is_err() {
             tracing::warn!("publishes were still unanswered when the registry was stopped");
         }
+        // Before the streams are closed, so that their end is not taken for the gateways' having finished.
+        self.shared.jobs.interrupt_all();
         self.shared.attachments.close_all();
         self.shared.streams.close();
         if tokio::time::timeout(Duration::from_secs(1), self.shared.streams.wait()).await.is_err() {

@@ -191,7 +191,7 @@ async fn run<P: Protocol>(
     let mut next_correlation = 1_u64;
     let mut backoff = Duration::from_millis(20);
     // One round a connection. Between two of them, calls wait in the queue until their deadline.
-    while !calls.is_closed() || !calls.is_empty() {
+    loop {
         let (batches, outbound) = mpsc::channel(64);
         let opened = async {
             let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
@@ -200,7 +200,8 @@ async fn run<P: Protocol>(
         match opened.await {
             Ok(inbound) => {
                 backoff = Duration::from_millis(20);
-                let ended = converse::<P>(&mut calls, batches, inbound, &mut next_correlation, &options, &target);
+                let ended =
+                    converse::<P>(&mut calls, batches, inbound, &mut next_correlation, &options, &target);
                 if ended.await {
                     return;
                 }
@@ -211,21 +212,16 @@ async fn run<P: Protocol>(
                 backoff = (backoff * 2).min(Duration::from_secs(2));
             }
         }
-        drop_expired(&mut calls);
-        tokio::time::sleep(backoff.mul_f64(0.5 + f64::from(jitter()) / 65536.0)).await;
-    }
-}
-
-/// Calls whose callers have given up need not be sent; they are at the front of the queue.
-fn drop_expired<P: Protocol>(calls: &mut mpsc::Receiver<Call<P>>) {
-    // mpsc has no peek: closed reply channels are skipped when they are taken (see `converse`). Here only the case of a
-    // queue full of them matters: it is emptied, each of its callers having been answered by the deadline.
-    if calls.capacity() == 0 {
-        while let Ok(call) = calls.try_recv() {
-            if let Some(reply) = call.reply {
-                let _ = reply.send(Err(CallError::Disconnected("a full queue".to_owned())));
+        if calls.is_closed() {
+            // Nobody wants the target any more, and it does not answer.
+            while let Ok(call) = calls.try_recv() {
+                if let Some(reply) = call.reply {
+                    let _ = reply.send(Err(CallError::Disconnected(target.clone())));
+                }
             }
+            return;
         }
+        tokio::time::sleep(backoff.mul_f64(0.5 + f64::from(jitter()) / 65536.0)).await;
     }
 }
 

@@ -32,6 +32,8 @@ pub enum InvalidTopic {
     BadName,
     #[error("may not contain '/', '+' or '#'")]
     BadUser,
+    #[error("may not begin with '$', which is kept for Carillon's own")]
+    Reserved,
 }
 
 /// Checks a topic name (MQTT 5.0 §4.7.3).
@@ -90,6 +92,9 @@ pub fn check_user(user: &str) -> Result<(), InvalidTopic> {
     }
     if user.chars().any(char::is_control) {
         return Err(InvalidTopic::Control);
+    }
+    if user.starts_with('$') {
+        return Err(InvalidTopic::Reserved);
     }
     if user.contains(['/', '+', '#']) { Err(InvalidTopic::BadUser) } else { Ok(()) }
 }
@@ -202,6 +207,7 @@ mod tests {
         assert_eq!(check_app("de/mo"), Err(InvalidTopic::BadName));
         assert_eq!(check_app("demo"), Ok(()));
         assert_eq!(check_user("a/b"), Err(InvalidTopic::BadUser));
+        assert_eq!(check_user("$coordinator"), Err(InvalidTopic::Reserved));
     }
 
     #[test]

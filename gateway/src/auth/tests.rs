@@ -102,6 +102,8 @@ fn an_anonymous_device_is_its_user_name_or_its_client_id() {
     let user = |c: &str, u| admit(&connect(c, u, None), &apps, 60).map(|admitted| admitted.user);
     assert_eq!(user("phone", Some("alice")).unwrap(), "alice");
     assert_eq!(user("phone/1", None).unwrap(), "phone_1");
+    assert_eq!(user("$coordinator", None).unwrap(), "_coordinator");
+    assert_eq!(user("x", Some("$coordinator")).unwrap_err().reason, 0x86);
     assert!(user("", None).unwrap().starts_with("auto-"));
     assert_eq!(user("phone", Some("a/b")).unwrap_err().reason, 0x86);
     let mut closed = apps.clone();

@@ -92,6 +92,29 @@ struct Stream {
 
 struct Ended;
 
+/// Slots whose topics have been announced; each shard announces its sessions in them and drops this. With the last of
+/// them it is said that this was all: the queue to the registry keeps the order.
+pub struct SlotAnnouncement {
+    inner: Arc<Inner>,
+    registry: Arc<str>,
+    complete: Vec<v1::SlotEpoch>,
+}
+
+impl SlotAnnouncement {
+    /// Is this slot one of them?
+    pub fn has(&self, slot: u32) -> bool {
+        // In the order of slots, as they were looked through.
+        self.complete.binary_search_by_key(&slot, |complete| complete.slot).is_ok()
+    }
+}
+
+impl Drop for SlotAnnouncement {
+    fn drop(&mut self) {
+        let complete = std::mem::take(&mut self.complete);
+        self.inner.to(&self.registry, AttachCommand::Complete(complete));
+    }
+}
+
 impl Stream {
     async fn send(&self, body: attach_up::Body) -> Result<(), Ended> {
         self.up.send(v1::AttachUp { body: Some(body) }).await.map_err(|_| Ended)
@@ -146,19 +169,10 @@ impl Stream {
         let map = inner.slots.load_full();
         let mine = (0..map.slots.len()).filter(|&slot| map.slots[slot].instance == *registry);
         let mine: Vec<u32> = mine.map(|slot| slot as u32).collect();
-        self.announce_slots(inner, registry, &mine).await?;
-        let mut flags = vec![false; topic::SLOTS as usize];
-        for slot in mine {
-            flags[slot as usize] = true;
-        }
-        let flags = Arc::new(flags);
-        for shard in inner.shards() {
-            shard.post(Event::AnnounceSessions(flags.clone()));
-        }
-        Ok(())
+        self.announce_slots(inner, registry, &mine).await
     }
 
-    /// All topics of these slots, then that this was all.
+    /// All topics of these slots, then all sessions, then that this was all.
     async fn announce_slots(
         &mut self,
         inner: &Arc<Inner>,
@@ -168,7 +182,10 @@ impl Stream {
         let map = inner.slots.load_full();
         let mut complete = Vec::new();
         let mut routes = Vec::new();
-        for &slot in slots {
+        let mut slots = slots.to_vec();
+        slots.sort_unstable();
+        slots.dedup();
+        for slot in slots {
             // It may have moved on meanwhile; then its new owner is told.
             let Some(owner) = map.slots.get(slot as usize).filter(|owner| owner.instance == *registry) else {
                 continue;
@@ -184,10 +201,15 @@ impl Stream {
         if !routes.is_empty() {
             self.announce(routes).await?;
         }
-        if complete.is_empty() {
-            return Ok(());
+        if !complete.is_empty() {
+            let announcement =
+                SlotAnnouncement { inner: inner.clone(), registry: registry.clone(), complete };
+            let announcement = Arc::new(announcement);
+            for shard in inner.shards() {
+                shard.post(Event::AnnounceSessions(announcement.clone()));
+            }
         }
-        self.send(attach_up::Body::Complete(v1::SlotComplete { slots: complete })).await
+        Ok(())
     }
 
     async fn announce(&mut self, routes: Vec<(Arc<str>, bool, u64)>) -> Result<(), Ended> {
@@ -212,6 +234,7 @@ impl Stream {
     ) -> Result<(), Ended> {
         let mut routes = Vec::new();
         let mut changes = Vec::new();
+        let mut complete = Vec::new();
         for command in commands.drain(..) {
             match command {
                 AttachCommand::Route(topic) => {
@@ -224,6 +247,7 @@ impl Stream {
                 }
                 AttachCommand::Slots(slots) => self.announce_slots(inner, registry, &slots).await?,
                 AttachCommand::Session(change) => changes.push(change),
+                AttachCommand::Complete(slots) => complete.extend(slots),
                 AttachCommand::Progress(progress) => self.send(attach_up::Body::Progress(progress)).await?,
                 AttachCommand::Report(report) => self.send(attach_up::Body::Report(report)).await?,
             }
@@ -233,6 +257,9 @@ impl Stream {
         }
         if !changes.is_empty() {
             self.send(attach_up::Body::Sessions(v1::SessionChanges { changes })).await?;
+        }
+        if !complete.is_empty() {
+            self.send(attach_up::Body::Complete(v1::SlotComplete { slots: complete })).await?;
         }
         Ok(())
     }

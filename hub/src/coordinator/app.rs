@@ -136,7 +136,10 @@ impl AppTask {
                 Ok(()) => {
                     backoff = FIRST_RETRY;
                     tracing::info!(app = self.app, backlog = self.ready.len(), "serving the app's webhook");
-                    self.serve(&mut live, &refresh, &stop).await
+                    self.shared.metrics.apps.inc();
+                    let ended = self.serve(&mut live, &refresh, &stop).await;
+                    self.shared.metrics.apps.dec();
+                    ended
                 }
                 Err(error) => Err(error),
             };

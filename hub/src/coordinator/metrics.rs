@@ -14,7 +14,8 @@ pub const DROPPED: (&str, &str) = (
 );
 pub const READS: (&str, &str) =
     ("carillon_coordinator_log_reads_total", "Reads of logs, of messages that were not delivered live");
-pub const APPS: (&str, &str) = ("carillon_coordinator_apps", "Apps whose webhook is served by this instance");
+pub const APPS: (&str, &str) =
+    ("carillon_coordinator_apps", "Apps whose webhook is served by this instance: their session is open");
 pub const QUEUED: (&str, &str) =
     ("carillon_coordinator_queued_events", "Events in memory that wait for their webhook");
 

@@ -304,6 +304,9 @@ pub async fn serve(
             return outbound.close();
         }
     };
+    // First of all, before there is anything else to tell.
+    outbound
+        .push(attach_down::Body::Welcome(v1::Welcome { instance: context.workers.instance().to_owned() }));
     for old in replaced {
         context.workers.to_all(|| Input::Detach { receiver: old }).await;
         context.jobs.detached(old);
@@ -314,8 +317,6 @@ pub async fn serve(
         .to_all(|| Input::Attach { receiver, attached: attached.clone(), outbound: outbound.clone() })
         .await;
     context.jobs.attached(receiver, &attached.instance);
-    outbound
-        .push(attach_down::Body::Welcome(v1::Welcome { instance: context.workers.instance().to_owned() }));
     loop {
         let body = tokio::select! {
             () = closed.cancelled() => break,

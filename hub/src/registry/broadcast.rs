@@ -208,6 +208,13 @@ impl Jobs {
         }
     }
 
+    /// The owner stops: nobody looks after its jobs any more. Their gateways are not told.
+    pub fn interrupt_all(&self) {
+        for job in self.jobs.lock().values_mut().filter(|job| job.is_active()) {
+            job.interrupt(now_ms());
+        }
+    }
+
     /// In memory, or else by its record.
     async fn find(&self, key: &str) -> Result<Option<v1::BroadcastJob>, Status> {
         if let Some(job) = self.jobs.lock().get(key) {

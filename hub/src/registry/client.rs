@@ -16,6 +16,7 @@ use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -198,7 +199,7 @@ fn jittered(wait: Duration) -> Duration {
     wait.mul_f64(rand::random_range(0.5..1.5))
 }
 
-type Answer = (u64, Call, Option<String>, Result<v1::Published, String>);
+type Answer = (u64, Call, Result<v1::Published, String>);
 
 /// The publishes of a topic that are held back, by ticket: the order in which they came.
 struct Lane {
@@ -212,7 +213,8 @@ struct Lane {
 struct Publisher {
     directory: Directory,
     options: Options,
-    owners: HashMap<String, Exchange<Publishing>>,
+    /// By address; cancelled when no instance has the address any more, so that nothing waits for one that is gone.
+    owners: HashMap<String, (Exchange<Publishing>, CancellationToken)>,
     lanes: HashMap<String, Lane>,
     held: usize,
     next_ticket: u64,
@@ -231,6 +233,7 @@ impl Publisher {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
+        let mut registries = self.directory.watch(Role::Registry);
         while open || !in_flight.is_empty() || self.held > 0 {
             let room = self.options.queue.saturating_sub(in_flight.len() + self.held);
             tokio::select! {
@@ -252,6 +255,16 @@ impl Publisher {
                 }
                 Some(answer) = in_flight.next() => self.answered(answer, &mut in_flight),
                 _ = tick.tick(), if self.held > 0 => self.retry(&mut in_flight),
+                Ok(()) = registries.changed() => {
+                    let alive = registries.borrow_and_update().clone();
+                    self.owners.retain(|address, (_, gone)| {
+                        let here = alive.iter().any(|one| one.addresses.get(peers::GRPC) == Some(address));
+                        if !here {
+                            gone.cancel();
+                        }
+                        here
+                    });
+                }
             }
         }
     }
@@ -266,41 +279,40 @@ impl Publisher {
         let instance =
             owner.and_then(|owner| view.registries.iter().find(|instance| *instance.id == *owner.instance));
         let Some(instance) = instance else {
-            return Box::pin(async move { (ticket, call, None, Err("the slot has no owner".to_owned())) });
+            return Box::pin(async move { (ticket, call, Err("the slot has no owner".to_owned())) });
         };
         let Some(address) = instance.addresses.get(peers::GRPC) else {
-            return Box::pin(async move { (ticket, call, None, Err("the owner has no address".to_owned())) });
+            return Box::pin(async move { (ticket, call, Err("the owner has no address".to_owned())) });
         };
-        let exchange = match self.owners.get(address) {
-            Some(exchange) => exchange.clone(),
+        let (exchange, gone) = match self.owners.get(address) {
+            Some(owner) => owner.clone(),
             None => {
-                self.owners.retain(|known, _| {
-                    view.registries.iter().any(|instance| instance.addresses.get(peers::GRPC) == Some(known))
-                });
                 let endpoint = match peers::endpoint(&instance.id, address) {
                     Ok(endpoint) => endpoint,
                     Err(error) => {
-                        return Box::pin(async move { (ticket, call, None, Err(error.to_string())) });
+                        return Box::pin(async move { (ticket, call, Err(error.to_string())) });
                     }
                 };
                 let options =
                     exchange::Options { timeout: self.options.deadline, ..exchange::Options::default() };
-                let exchange = Exchange::start(endpoint, options);
-                self.owners.insert(address.clone(), exchange.clone());
-                exchange
+                let owner = (Exchange::start(endpoint, options), CancellationToken::new());
+                self.owners.insert(address.clone(), owner.clone());
+                owner
             }
         };
         let answer = exchange.call(call.request.clone());
-        let address = address.clone();
         Box::pin(async move {
-            let answer = answer.await.map_err(|error| error.to_string());
-            (ticket, call, Some(address), answer)
+            let answer = tokio::select! {
+                answer = answer => answer.map_err(|error| error.to_string()),
+                () = gone.cancelled_owned() => Err("the owner has gone".to_owned()),
+            };
+            (ticket, call, answer)
         })
     }
 
     fn answered(
         &mut self,
-        (ticket, mut call, _, answer): Answer,
+        (ticket, mut call, answer): Answer,
         in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>,
     ) {
         let topic = call.request.message.as_ref().map_or(String::new(), |message| message.topic.clone());
@@ -358,15 +370,20 @@ impl Publisher {
     fn retry(&mut self, in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>) {
         let now = Instant::now();
         let mut due = Vec::new();
+        // While there is no room for more, at once; else when their turn comes.
+        let full = self.held + in_flight.len() >= self.options.queue;
         let held = &mut self.held;
         self.lanes.retain(|_, lane| {
-            if lane.retry_at > now || lane.trying.is_some() {
+            let waits = lane.retry_at > now || lane.trying.is_some();
+            if full || !waits {
+                // Their callers have given up.
+                let before = lane.held.len();
+                lane.held.retain(|_, call| !call.reply.is_closed());
+                *held -= before - lane.held.len();
+            }
+            if waits {
                 return true;
             }
-            let before = lane.held.len();
-            // Their callers have given up.
-            lane.held.retain(|_, call| !call.reply.is_closed());
-            *held -= before - lane.held.len();
             if let Some((ticket, call)) = lane.held.pop_first() {
                 *held -= 1;
                 lane.trying = Some(ticket);

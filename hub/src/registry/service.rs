@@ -78,6 +78,9 @@ impl v1::registry_server::Registry for Service {
         &self,
         request: Request<Streaming<v1::PublishBatch>>,
     ) -> Result<Response<Self::PublishStream>, Status> {
+        if self.0.closing.is_cancelled() {
+            return Err(stopping());
+        }
         let mut inbound = request.into_inner();
         let (sender, receiver) = mpsc::channel(STREAM_UNANSWERED);
         let workers = self.0.workers.clone();
@@ -87,8 +90,9 @@ impl v1::registry_server::Registry for Service {
         self.0.streams.spawn(async move {
             loop {
                 let batch = tokio::select! {
-                    batch = inbound.message() => batch,
+                    biased;
                     () = closing.cancelled() => break,
+                    batch = inbound.message() => batch,
                 };
                 let Ok(Some(batch)) = batch else { break };
                 for request in batch.requests {

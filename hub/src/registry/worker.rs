@@ -30,6 +30,7 @@ const TICK: Duration = Duration::from_millis(100);
 const DELIVER_BYTES: usize = 1024 * 1024;
 
 /// What a worker is told.
+#[allow(clippy::large_enum_variant)] // nearly all of them are publishes, the large variant
 pub enum Input {
     Publish {
         publish: Publish,
@@ -326,17 +327,17 @@ impl Worker {
                         self.core.announce_wildcard(receiver, &filter, present);
                         self.announced(request, index, Some(0));
                     } else {
-                        self.core.announce(receiver, request, index, &filter, present);
+                        self.core.announce(receiver, request, index, &filter, present, now_ms);
                     }
                 }
             }
-            Input::Complete { receiver, slots } => self.core.complete(receiver, &slots),
+            Input::Complete { receiver, slots } => self.core.complete(receiver, &slots, now_ms),
             Input::Sessions { receiver, changes } => {
                 for change in changes {
                     self.core.session_change(receiver, change, now_ms);
                 }
             }
-            Input::Slots(slots) => self.core.set_slots(&slots),
+            Input::Slots(slots) => self.core.set_slots(&slots, now_ms),
             Input::Live(live) => self.core.set_live(live),
             Input::Apps(apps) => self.core.set_apps(apps),
             Input::Limits(limits) => self.core.set_limits(limits),

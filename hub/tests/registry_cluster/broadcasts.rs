@@ -44,11 +44,16 @@ async fn gateways(cluster: &Cluster) -> (Gateway, Gateway) {
 
 /// The message first, then the share.
 async fn receive(gateway: &mut Gateway, job: &str) -> f64 {
-    match gateway.next().await {
-        attach_down::Body::Deliver(deliver) => {
-            assert_eq!((deliver.broadcast.as_str(), deliver.messages.len()), (job, 1));
+    loop {
+        match gateway.next().await {
+            attach_down::Body::Deliver(deliver) => {
+                assert_eq!((deliver.broadcast.as_str(), deliver.messages.len()), (job, 1));
+                break;
+            }
+            // Of a job that it took part in before it was attached anew.
+            attach_down::Body::Control(control) if control.job != job => {}
+            other => panic!("not the message: {other:?}"),
         }
-        other => panic!("not the message: {other:?}"),
     }
     let control = gateway.control().await;
     assert_eq!((control.job.as_str(), control.state()), (job, broadcast_control::State::Run));

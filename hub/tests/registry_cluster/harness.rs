@@ -40,6 +40,11 @@ struct Running {
 impl Cluster {
     /// A keeper with these apps (name, YAML), and a hub.
     pub async fn start(apps: &[(&str, &str)]) -> Cluster {
+        // Shown for a test that fails: RUST_LOG says how much.
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_test_writer()
+            .try_init();
         let dir = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let kinds = vec![DocumentKind::of::<App>(), DocumentKind::of::<HubConfig>()];
@@ -109,7 +114,7 @@ impl Cluster {
         let families = self.running.as_ref().unwrap().metrics.gather();
         let Some(family) = families.iter().find(|family| family.name() == name) else { return 0.0 };
         let values = family.get_metric().iter();
-        values.map(|metric| metric.get_counter().value() + metric.get_gauge().value()).sum()
+        values.map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value()).sum()
     }
 
     pub async fn registry(&self) -> RegistryClient<tonic::transport::Channel> {

@@ -24,7 +24,8 @@ async fn sessions_are_shown_taken_over_and_kicked() {
     one.session(online("alice", "phone", 5)).await;
     one.session(online("alice", "tablet", 6)).await;
     eventually("both are shown", async || {
-        (sessions(&cluster, "alice").await == ["phone@g1 192.0.2.1:4000", "tablet@g1 192.0.2.1:4000"]).then_some(())
+        (sessions(&cluster, "alice").await == ["phone@g1 192.0.2.1:4000", "tablet@g1 192.0.2.1:4000"])
+            .then_some(())
     })
     .await;
     two.session(online("alice", "phone", 1)).await;
@@ -38,7 +39,8 @@ async fn sessions_are_shown_taken_over_and_kicked() {
     let (first, second) = (one.kicked().await, two.kicked().await);
     assert_eq!((first.reason(), first.connection), (Reason::Administrative, 6));
     assert_eq!((second.reason(), second.connection), (Reason::Administrative, 1));
-    two.session(v1::SessionChange { online: false, reason: "kicked".into(), ..online("alice", "phone", 1) }).await;
+    two.session(v1::SessionChange { online: false, reason: "kicked".into(), ..online("alice", "phone", 1) })
+        .await;
     drop(one);
     eventually("nobody is left", async || sessions(&cluster, "alice").await.is_empty().then_some(())).await;
     cluster.stop().await;

@@ -16,7 +16,8 @@ async fn what_is_published_is_delivered_in_order_and_is_in_the_log() {
     let announced = gateway.announce(&["demo/g/a", "demo/#"]).await;
     assert_eq!((announced.heads, announced.not_owner), (vec![0, 0], vec![]));
     let owners = cluster.owners();
-    let published: Vec<_> = (0..1000).map(|i| owners.publish(request("demo/g/a", &i.to_string(), i % 2))).collect();
+    let published: Vec<_> =
+        (0..1000).map(|i| owners.publish(request("demo/g/a", &i.to_string(), i % 2))).collect();
     for (i, published) in published.into_iter().enumerate() {
         let published = published.await.unwrap();
         assert_eq!((published.code(), published.seq), (PublishCode::Accepted, i as u64 + 1));
@@ -36,7 +37,8 @@ async fn what_is_published_is_delivered_in_order_and_is_in_the_log() {
     }
     let read = v1::Read { topic: "demo/g/a".into(), after: 0, limit: 1000, max_bytes: 0 };
     let log = cluster.directory().read(read).await.unwrap();
-    let stored: Vec<_> = messages.iter().filter(|message| message.stored).map(|message| message.seq).collect();
+    let stored: Vec<_> =
+        messages.iter().filter(|message| message.stored).map(|message| message.seq).collect();
     assert_eq!(log.messages.iter().map(|message| message.seq).collect::<Vec<_>>(), stored);
     assert_eq!(cluster.metric("carillon_registry_delivered_total"), 1000.0);
     cluster.stop().await;
@@ -107,6 +109,13 @@ async fn publishes_survive_a_restart_of_the_owner_in_order() {
     cluster.stop().await;
 }
 
+async fn not_whole(cluster: &Cluster, slots: f64) {
+    eventually(&format!("{slots} slots are not whole"), async || {
+        (cluster.metric("carillon_registry_slots_not_whole") == slots).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn until_a_slot_is_whole_its_messages_go_to_every_gateway() {
     let cluster = Cluster::start(&[("demo", "")]).await;
@@ -120,11 +129,9 @@ async fn until_a_slot_is_whole_its_messages_go_to_every_gateway() {
     owners.publish(request("demo/g/a", "to both", 0)).await.unwrap();
     assert_eq!(payloads(&one.messages(1).await), ["to both"]);
     assert_eq!(payloads(&two.messages(1).await), ["to both"]);
+    not_whole(&cluster, 1024.0).await;
     two.complete(cluster.slot_epochs()).await;
-    eventually("all slots are whole", async || {
-        (cluster.metric("carillon_registry_slots_not_whole") == 0.0).then_some(())
-    })
-    .await;
+    not_whole(&cluster, 0.0).await;
     owners.publish(request("demo/g/a", "to one", 0)).await.unwrap();
     owners.publish(request("demo/g/other", "to the other", 0)).await.unwrap();
     assert_eq!(payloads(&one.messages(1).await), ["to one"]);
@@ -168,11 +175,9 @@ async fn a_newer_incarnation_replaces_the_older_stream() {
     let mut new = cluster.attach_as("g1", 2).await;
     assert!(old.end().await.is_some());
     new.announce(&["demo/g/b"]).await;
+    not_whole(&cluster, 1024.0).await;
     new.complete(cluster.slot_epochs()).await;
-    eventually("all slots are whole", async || {
-        (cluster.metric("carillon_registry_slots_not_whole") == 0.0).then_some(())
-    })
-    .await;
+    not_whole(&cluster, 0.0).await;
     let owners = cluster.owners();
     // The old one's route is gone.
     assert!(!owners.publish(request("demo/g/a", "x", 0)).await.unwrap().has_route);
@@ -207,6 +212,71 @@ async fn what_can_never_be_accepted_is_refused_at_once() {
         ..v1::PublishRequest::default()
     });
     assert!(matches!(failed.await, Err(PublishError::TimedOut(_))));
+    agent.stop().await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_owner_that_the_saver_knows_to_be_deposed_gives_the_slot_up() {
+    let cluster = Cluster::start(&[("demo", "")]).await;
+    let options = carillon_hub::registry::client::Options {
+        deadline: Duration::from_millis(500),
+        ..carillon_hub::registry::client::Options::default()
+    };
+    let owners = carillon_hub::registry::OwnerClient::start(cluster.directory(), options);
+    let published = owners.publish(request("demo/g/a", "x", 1)).await.unwrap();
+    let slot = carillon_proto::topic::slot_of("demo/g/a");
+    let fence = v1::Fence { slot, epoch: published.epoch + 1 };
+    cluster.directory().ask_saver(v1::saver_request::Op::Fence(fence)).await.unwrap();
+    match owners.publish(request("demo/g/a", "y", 1)).await {
+        Err(PublishError::TimedOut(text)) => assert!(text.contains("NOT_OWNER"), "{text}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(cluster.metric("carillon_registry_slots_given_up_total"), 1.0);
+    let read = v1::Read { topic: "demo/g/a".into(), after: 0, limit: 10, max_bytes: 0 };
+    assert_eq!(payloads(&cluster.directory().read(read).await.unwrap().messages), ["x"]);
+    let elsewhere =
+        (0..).map(|i| format!("demo/g/{i}")).find(|name| carillon_proto::topic::slot_of(name) != slot);
+    owners.publish(request(&elsewhere.unwrap(), "z", 1)).await.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_publisher_whose_queue_is_full_is_told_at_once() {
+    let mut cluster = Cluster::start(&[("demo", "")]).await;
+    let agent =
+        carillon_agent::Agent::start(carillon_agent::Options { keepers: vec![cluster.keeper.endpoint()] });
+    agent.ready().await;
+    cluster.stop_hub().await;
+    let options = carillon_hub::registry::client::Options {
+        deadline: Duration::from_secs(2),
+        queue: 4,
+        queue_bytes: 1000,
+    };
+    let directory = carillon_hub::peers::Directory::new(agent.clone());
+    let owners = carillon_hub::registry::OwnerClient::start(directory, options);
+    let too_large = owners.publish(request("demo/g/a", &"x".repeat(1001), 1)).await;
+    assert_eq!(too_large.unwrap_err(), PublishError::Overloaded);
+    let begun = std::time::Instant::now();
+    let answers = (0..50).map(|_| {
+        let answer = owners.publish(request("demo/g/a", "x", 1));
+        async move { (answer.await.unwrap_err(), begun.elapsed()) }
+    });
+    let mut overloaded = 0;
+    for (error, took) in futures::future::join_all(answers).await {
+        match error {
+            PublishError::Overloaded => {
+                assert!(took < Duration::from_secs(1), "{took:?}");
+                overloaded += 1;
+            }
+            PublishError::TimedOut(_) => assert!(took >= Duration::from_secs(1), "{took:?}"),
+            PublishError::Refused(text) => panic!("{text}"),
+        }
+    }
+    assert!((40..50).contains(&overloaded), "{overloaded}");
+    // What was given up is forgotten: there is room again.
+    cluster.start_hub().await;
+    eventually("there is room", async || owners.publish(request("demo/g/a", "x", 1)).await.ok()).await;
     agent.stop().await;
     cluster.stop().await;
 }

@@ -158,7 +158,7 @@ impl Job {
         Ok(self.tell())
     }
 
-    /// It was lost on the way: its message is in the log, but nobody spreads it any more.
+    /// Its owner was lost, or stops: its message is in the log, but nobody looks after its spreading any more.
     pub fn interrupt(&mut self, now_ms: u64) {
         self.shown.state = broadcast_job::State::Interrupted.into();
         self.shown.ended_ms = now_ms;

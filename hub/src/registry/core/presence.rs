@@ -1,8 +1,8 @@
 //! Who is online: the sessions of the users of one slot, as the gateways announce them. Soft state.
 //!
 //! A session whose gateway's stream is gone is *lost*: it is no longer shown, but its end is reported only when the
-//! gateway is gone from discovery, or does not announce it again, or a while has passed. So a stream that breaks for
-//! a moment fires no presence events.
+//! gateway is gone from discovery, or has not announced it again for a while. So a stream that breaks for a moment fires
+//! no presence events.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::Output;
 use super::routing::{Attached, Receiver, Routing};
 
 /// How long a lost session may take to be announced again.
-const LOST_MS: u64 = 60_000;
+const LOST_MS: u64 = 30_000;
 
 /// A session came or went. Shaped as the coordinator's webhook shows it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -168,17 +168,6 @@ impl Sessions {
         }
     }
 
-    /// A gateway has announced all it has: what it lost and did not announce again has ended.
-    pub fn end_not_announced(
-        &mut self,
-        gateway: &Attached,
-        apps: &BTreeMap<String, Arc<App>>,
-        out: &mut Vec<Output>,
-    ) {
-        let ended = |lost: &Lost| (lost.gateway.instance == gateway.instance).then_some(lost.at_ms);
-        self.end_where(ended, "network", apps, out);
-    }
-
     /// Ends lost sessions whose gateway is gone, or that were lost too long ago.
     pub fn end_lost(
         &mut self,
@@ -187,29 +176,22 @@ impl Sessions {
         apps: &BTreeMap<String, Arc<App>>,
         out: &mut Vec<Output>,
     ) {
-        let ended = |lost: &Lost| {
-            let gone = !routing.is_live(&lost.gateway.instance, lost.gateway.incarnation);
-            (gone || now_ms.saturating_sub(lost.at_ms) >= LOST_MS).then_some(now_ms)
-        };
-        self.end_where(ended, "gateway_lost", apps, out);
-    }
-
-    fn end_where(
-        &mut self,
-        ended_at: impl Fn(&Lost) -> Option<u64>,
-        reason: &str,
-        apps: &BTreeMap<String, Arc<App>>,
-        out: &mut Vec<Output>,
-    ) {
         if self.lost == 0 {
             return;
         }
+        let why = |lost: &Lost| {
+            if !routing.is_live(&lost.gateway.instance, lost.gateway.incarnation) {
+                Some("gateway_lost")
+            } else {
+                // Its gateway is there, or will be, but has not announced it again.
+                (now_ms.saturating_sub(lost.at_ms) >= LOST_MS).then_some("network")
+            }
+        };
         let (len, lost) = (&mut self.len, &mut self.lost);
         self.users.retain(|inbox, user| {
             let mut place = 0;
             while place < user.len() {
-                let at_ms = user[place].lost.as_deref().and_then(&ended_at);
-                let Some(at_ms) = at_ms else {
+                let Some(reason) = user[place].lost.as_deref().and_then(why) else {
                     place += 1;
                     continue;
                 };
@@ -217,7 +199,7 @@ impl Sessions {
                 *len -= 1;
                 *lost -= 1;
                 let gateway = session.lost.as_ref().map(|lost| lost.gateway.instance.to_string());
-                report(ended(inbox, &session, user, gateway.unwrap_or_default(), reason, at_ms), apps, out);
+                report(ended(inbox, &session, user, gateway.unwrap_or_default(), reason, now_ms), apps, out);
             }
             !user.is_empty()
         });
