@@ -51,6 +51,9 @@ pub enum Command {
     /// Read and change the cluster's configuration, live
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Have a running process do something, such as log more
+    #[command(name = "command")]
+    Send(CommandArgs),
     /// Print the version
     Version(VersionArgs),
     /// Print the completions of a shell: source them, or put them where the shell looks
@@ -345,6 +348,22 @@ pub struct VersionArgs {
     /// How it is printed
     #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
     pub output: OutputFormat,
+}
+
+#[derive(Debug, Args)]
+pub struct CommandArgs {
+    /// Its instance id, as `carillon config status` lists them
+    pub instance: String,
+    /// What it shall do: log-level
+    pub name: String,
+    /// What it needs for it: level=debug
+    #[arg(value_name = "NAME=VALUE")]
+    pub arguments: Vec<String>,
+    /// How long it may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub within: u64,
+    #[command(flatten)]
+    pub keeper: KeeperClientArgs,
 }
 
 /// Where the keeper is.

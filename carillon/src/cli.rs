@@ -99,6 +99,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Status(args) => status::run(args).await,
         Command::Kick(args) => status::kick(args).await,
         Command::Config(command) => config::run(command).await,
+        Command::Send(args) => config::command(args).await,
         Command::Version(args) => version(args.output),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -31,6 +31,11 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let data_dir = DataDir::open(&args.data_dir, "dev")?;
     let http = listen(args.http, "--http", "the API and the console").await?;
     let ops_listener = listen(args.ops, "--ops", "metrics and health").await?;
+    // The gateway listens for itself, but last: what is in its way had better be said first.
+    for (address, flag, purpose) in [(args.mqtt, "--mqtt", "MQTT"), (args.ws, "--ws", "MQTT over WebSocket")]
+    {
+        drop(listen(address, flag, purpose).await?);
+    }
     let internal = || listen(loopback(), "--data-dir", "between the parts of this process");
     let (keeper_grpc, hub_grpc) = (internal().await?, internal().await?);
     let http_address = http.local_addr()?;
@@ -61,6 +66,14 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
         agent.clone(),
     );
     let hub = Box::pin(hub).await.context("the hub does not start")?;
+    // After a crash the keeper still knows the former hub for a while: a device that came in now would wait for that one.
+    if tokio::time::timeout(READY_WITHIN, hub.ready()).await.is_err() {
+        bail!(
+            "the hub is not ready within {} s: {}",
+            READY_WITHIN.as_secs(),
+            roles::unmet(&hub.instance().roles, &agent).join("; ")
+        );
+    }
     let gateway = Gateway::start(
         GatewayOptions {
             instance_id: data_dir.instance("gateway"),

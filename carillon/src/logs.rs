@@ -45,8 +45,33 @@ impl LogHandle {
     }
 }
 
+/// A plain level is Carillon's own; the libraries below it stay one level quieter, for most of what they tell is about
+/// themselves.
+fn directives(level: &str) -> String {
+    match level.to_ascii_lowercase().as_str() {
+        "info" => "warn,carillon=info".to_owned(),
+        "debug" => "info,carillon=debug".to_owned(),
+        "trace" => "debug,carillon=trace".to_owned(),
+        _ => level.to_owned(),
+    }
+}
+
 fn parse(level: &str) -> anyhow::Result<EnvFilter> {
-    EnvFilter::try_new(level).with_context(|| {
+    EnvFilter::try_new(directives(level)).with_context(|| {
         format!("{level:?} is no log level: use error, warn, info, debug, trace, or directives")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_directives_are_understood_and_nonsense_is_not() {
+        for level in ["error", "INFO", "debug", "info,carillon_gateway=debug", "off"] {
+            assert!(parse(level).is_ok(), "{level}");
+        }
+        let error = format!("{:#}", parse("carillon=loud").unwrap_err());
+        assert!(error.contains("is no log level"), "{error}");
+    }
 }

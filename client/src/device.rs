@@ -198,7 +198,8 @@ pub struct Message {
     pub content_type: Option<String>,
     /// The other user properties, in order.
     pub properties: Vec<(String, String)>,
-    acker: Option<Acker>,
+    /// Boxed: most of an event would be this otherwise.
+    acker: Option<Box<Acker>>,
 }
 
 #[derive(Debug, Clone)]

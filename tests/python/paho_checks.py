@@ -166,7 +166,8 @@ def taken_over():
 
 def reason_codes():
     device = Device("codes")
-    equal(device.publish("nobody/listens", "x").value, 0x10)
+    # "No matching subscribers" (0x10) may be told, but need not be (MQTT 5.0 §3.4.2.1).
+    assert device.publish("nobody/listens", "x").value in (0, 0x10)
     equal([code.value for code in device.subscribe("codes/topic", 1)], [1])
     equal([code.value for code in device.subscribe("codes/topic", 0)], [0])
     equal(device.publish("codes/topic", "x").value, 0)

@@ -23,6 +23,16 @@ pub enum Answer {
     Silence,
 }
 
+impl Answer {
+    /// The reason code, if it is a DISCONNECT (MQTT 5.0 §3.14.2.1).
+    pub fn disconnect(&self) -> Option<u8> {
+        match self {
+            Answer::Packet(0xE0, body) => Some(body.first().copied().unwrap_or(0)),
+            _ => None,
+        }
+    }
+}
+
 impl Raw {
     pub async fn connect(server: SocketAddr) -> Raw {
         Raw {

@@ -53,8 +53,11 @@ pub fn python() -> Option<PathBuf> {
 
 /// `mosquitto_sub` or `mosquitto_pub` for a server, with an MQTT version: `5`, `311`.
 pub fn mosquitto(program: &str, server: SocketAddr, version: &str, arguments: &[&str]) -> Option<Command> {
-    let mut command = Command::new(find(program)?);
+    // Into a pipe it would print only when a block is full; stdbuf replaces itself by the program, so the pid is its own.
+    let mut command = Command::new(find("stdbuf")?);
     command
+        .arg("-oL")
+        .arg(find(program)?)
         .args([
             "-h",
             &server.ip().to_string(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use carillon_tests::mqtt::{self, Answer, Raw};
 use carillon_tests::tools::{Running, find, mosquitto, run, succeed};
-use carillon_tests::{Server, within};
+use carillon_tests::{Server, eventually, within};
 
 const VERSIONS: [&str; 2] = ["5", "311"];
 /// What a subscriber prints of a message: topic, QoS, retain, payload.
@@ -124,8 +124,15 @@ async fn retained_messages_wait_for_new_subscribers() {
         for qos in ["0", "1"] {
             let text = format!("kept at {qos}");
             publish(&server, version, &["-t", &topic, "-q", qos, "-r", "-m", &text]).await;
-            let mut late = subscriber(&server, version, &["-t", &topic, "-q", "1"]).await.unwrap();
-            assert_eq!(got(&mut late).await, format!("{topic} q{qos} r1 {text}"), "v{version}");
+            // Nobody acknowledges QoS 0: a subscriber that is quick may still be there before it, and gets it live.
+            eventually("it is retained", || async {
+                let one = ["-t", topic.as_str(), "-q", "1", "-C", "1", "-W", "5", "-F", FORMAT];
+                let output =
+                    run(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &one).unwrap()).await;
+                let got = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+                if got == format!("got {topic} q{qos} r1 {text}") { Ok(()) } else { Err(got) }
+            })
+            .await;
             // By a wildcard too.
             let mut late = subscriber(&server, version, &["-t", "retained/+", "-q", "1"]).await.unwrap();
             assert!(late.line_with(&text).await.contains(" r1 "), "v{version}");
@@ -147,15 +154,10 @@ async fn a_will_is_sent_for_who_is_lost_and_not_for_who_leaves() {
     for version in VERSIONS {
         let topic = format!("will/{version}");
         let mut watcher = subscriber(&server, version, &["-t", &topic, "-q", "1"]).await.unwrap();
-        let will =
-            |text: &'static str| ["-t", "x", "--will-topic", "", "--will-qos", "1", "--will-payload", text];
-        let mut leaves = will("left");
-        leaves[3] = &topic;
-        let leaver = subscriber(&server, version, &leaves).await.unwrap();
-        leaver.signal(libc::SIGINT);
-        assert_eq!(leaver.exit_code().await, Some(0));
-        let mut dies = will("lost");
-        dies[3] = &topic;
+        let will = ["--will-topic", topic.as_str(), "--will-qos", "1", "--will-payload"];
+        // mosquitto_sub asks for its will even when it is told to end, mosquitto_pub does not.
+        publish(&server, version, &[&will[..], &["left", "-t", "x", "-q", "1", "-m", "x"]].concat()).await;
+        let dies = [&will[..], &["lost", "-t", "x"]].concat();
         subscriber(&server, version, &dies).await.unwrap().kill().await;
         assert_eq!(
             got(&mut watcher).await,
@@ -188,12 +190,14 @@ async fn a_kept_session_gets_what_it_missed_in_order() {
         let missed =
             succeed(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
         assert_eq!(missed.lines().collect::<Vec<_>>(), ["one", "two", "three"], "v{version}");
-        // It was acknowledged: nothing of it comes again.
+        // It was acknowledged. The acknowledgements may have been lost with the connection, for this client closes it
+        // right behind them; then the last ones come once more, but nothing is missing and nothing out of order.
         publish(&server, version, &["-t", &topic, "-q", "1", "-m", "four"]).await;
-        let back = [session.as_slice(), &["-C", "1", "-F", "%p"]].concat();
-        let missed =
-            succeed(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
-        assert_eq!(missed.trim(), "four", "v{version}");
+        let back = [session.as_slice(), &["-W", "2", "-F", "%p"]].concat();
+        let output = run(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
+        let got = String::from_utf8_lossy(&output.stdout).into_owned();
+        let got: Vec<&str> = got.lines().collect();
+        assert!(["one", "two", "three", "four"].ends_with(&got) && !got.is_empty(), "v{version}: {got:?}");
     }
 }
 
@@ -228,11 +232,7 @@ async fn a_silent_device_is_disconnected_after_one_and_a_half_keep_alives() {
         assert!(matches!(raw.answer().await, Answer::Packet(0x20, _)));
         let began = std::time::Instant::now();
         if version == 5 {
-            assert_eq!(
-                raw.answer().await,
-                Answer::Packet(0xE0, vec![0x8D, 0]),
-                "DISCONNECT, keep alive timeout"
-            );
+            assert_eq!(raw.answer().await.disconnect(), Some(0x8D), "keep alive timeout");
         }
         assert_eq!(raw.answer().await, Answer::Closed, "version {version}");
         let took = began.elapsed();

@@ -1,11 +1,12 @@
-//! `carillon config`: documents of the keeper, changed live.
+//! `carillon config`: documents of the keeper, changed live; `carillon command`: have a process do something.
 
 use std::path::Path;
+use std::time::Duration;
 
 use carillon_agent::admin::{Admin, Applied, Change, ChangeOptions, Revision};
 
 use super::{CliError, left_behind, print, text};
-use crate::args::{ConfigCommand, KeeperClientArgs};
+use crate::args::{CommandArgs, ConfigCommand, KeeperClientArgs};
 
 pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
     match command {
@@ -69,6 +70,19 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
             })
         }
     }
+}
+
+/// `carillon command`.
+pub async fn command(args: CommandArgs) -> Result<(), CliError> {
+    let arguments = args.arguments.iter().map(|text| {
+        let (name, value) =
+            text.split_once('=').ok_or_else(|| CliError::Usage(format!("{text:?} is not NAME=VALUE")))?;
+        Ok((name.to_owned(), value.to_owned()))
+    });
+    let arguments = arguments.collect::<Result<_, CliError>>()?;
+    let within = Duration::from_secs(args.within);
+    let answer = admin(&args.keeper)?.command(&args.instance, &args.name, arguments, within).await?;
+    print(args.keeper.output, &answer, Clone::clone)
 }
 
 async fn list(keeper: &KeeperClientArgs) -> Result<(), CliError> {

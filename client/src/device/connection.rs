@@ -278,7 +278,7 @@ fn message(publish: Publish, client: &AsyncClient) -> Message {
         position: epoch.zip(seq),
         content_type,
         properties,
-        acker: (publish.qos != QoS::AtMostOnce).then_some(acker),
+        acker: (publish.qos != QoS::AtMostOnce).then(|| Box::new(acker)),
     }
 }
 
