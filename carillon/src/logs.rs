@@ -49,6 +49,7 @@ impl LogHandle {
 /// themselves.
 fn directives(level: &str) -> String {
     match level.to_ascii_lowercase().as_str() {
+        "warn" => "error,carillon=warn".to_owned(),
         "info" => "warn,carillon=info".to_owned(),
         "debug" => "info,carillon=debug".to_owned(),
         "trace" => "debug,carillon=trace".to_owned(),

@@ -54,9 +54,8 @@ where
             None => drained,
         }
     });
-    // All that matters has been stopped in order. What still runs was given up, and the process ends under it: taking
-    // it apart piece by piece would only cost time.
-    std::mem::forget(runtime);
+    // What still runs was given up by `drain`.
+    runtime.shutdown_background();
     result
 }
 
