@@ -162,6 +162,10 @@ impl Inbox {
         Some(event)
     }
 
+    pub fn len(&self) -> usize {
+        self.events.len()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.events.is_empty()
     }

@@ -18,7 +18,7 @@ use carillon_agent::{Agent, Instance, Role, SlotMap};
 use carillon_proto::exchange::{Exchange, Options, Publishing, Saving};
 use carillon_proto::{topic, v1};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
@@ -66,6 +66,8 @@ struct Registry {
     address: String,
     publish: Exchange<Publishing>,
     attach: mpsc::Sender<AttachCommand>,
+    /// Something could not be queued for it: the stream is to begin anew, with everything.
+    overflowed: Arc<Notify>,
     stop: CancellationToken,
 }
 
@@ -257,18 +259,21 @@ impl Inner {
     }
 
     fn to(&self, registry: &str, command: AttachCommand) {
-        if let Some(registry) = self.registries.read().get(registry)
-            && registry.attach.try_send(command).is_err()
-        {
-            self.metrics.attach_overflows.inc();
+        if let Some(registry) = self.registries.read().get(registry) {
+            self.queue(registry, command);
         }
     }
 
     fn to_all(&self, mut command: impl FnMut() -> AttachCommand) {
         for registry in self.registries.read().values() {
-            if registry.attach.try_send(command()).is_err() {
-                self.metrics.attach_overflows.inc();
-            }
+            self.queue(registry, command());
+        }
+    }
+
+    fn queue(&self, registry: &Registry, command: AttachCommand) {
+        if registry.attach.try_send(command).is_err() {
+            self.metrics.attach_overflows.inc();
+            registry.overflowed.notify_one();
         }
     }
 
@@ -279,18 +284,16 @@ impl Inner {
     fn broadcast_progress(&self, job: &Arc<str>, shard: usize, total: u64, done: u64) {
         let mut broadcasts = self.broadcasts.lock();
         let Some(count) = broadcasts.get_mut(job) else { return };
-        count.shards.insert(shard, (total, done));
+        let is_new = count.shards.insert(shard, (total, done)).is_none();
         if count.shards.len() < count.expected {
             return;
         }
         let (total, done) = count.shards.values().fold((0, 0), |(t, d), (total, done)| (t + total, d + done));
         let finished = done >= total;
         let owner = count.owner.clone();
-        if let Some((state, rate)) = count.rate {
-            // Now that the shards' parts are known, each gets its share of the gateway's rate.
-            if done == 0 {
-                self.share_out(job, count, state, rate);
-            }
+        if is_new && let Some((state, rate)) = count.rate {
+            // Now that all the shards' parts are known, each gets its share of the gateway's rate.
+            self.share_out(job, count, state, rate);
         }
         if finished {
             broadcasts.remove(job);
@@ -307,6 +310,15 @@ impl Inner {
         let (state, rate) = (control.state(), control.rate_per_second);
         count.rate = Some((state, rate));
         self.share_out(&job, count, state, rate);
+    }
+
+    /// The owner of these jobs is gone: what it has left here goes out, or later messages would wait behind it for ever.
+    fn release_broadcasts(&self, owner: &str) {
+        let run = v1::broadcast_control::State::Run;
+        for (job, count) in self.broadcasts.lock().iter_mut().filter(|(_, count)| *count.owner == *owner) {
+            count.rate = Some((run, 0.0));
+            self.share_out(job, count, run, 0.0);
+        }
     }
 
     fn share_out(
@@ -406,17 +418,19 @@ async fn follow_registries(inner: Arc<Inner>) {
                 };
                 tracing::info!(registry = %id, %address, incarnation = instance.incarnation, "attaching to registry");
                 let (attach, commands) = mpsc::channel(ATTACH_QUEUE);
+                let overflowed = Arc::new(Notify::new());
                 let stop = inner.stop.child_token();
                 tokio::spawn(attach::run(
                     inner.clone(),
                     id.clone(),
                     endpoint.clone(),
                     commands,
+                    overflowed.clone(),
                     stop.clone(),
                 ));
                 let publish = Exchange::start(endpoint, Options::default());
                 let (incarnation, address) = (instance.incarnation, address.clone());
-                known.insert(id, Registry { incarnation, address, publish, attach, stop });
+                known.insert(id, Registry { incarnation, address, publish, attach, overflowed, stop });
             }
         }
         tokio::select! {

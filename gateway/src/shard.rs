@@ -49,6 +49,8 @@ const INBOX_BUDGET: usize = 4096;
 const ACCEPT_BUDGET: usize = 512;
 /// Bytes of the read buffer that all of a shard's connections borrow.
 const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// How often a round goes over what is queued; what is left goes out in the next.
+const FLUSH_TURNS: usize = 8;
 /// Acks are handed to the saver together, at least this often.
 const ACK_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -175,18 +177,24 @@ impl Shard {
                     Token(token) if token >= LISTENERS => self.accept_again.push(token - LISTENERS),
                     Token(index) => {
                         let index = index as u32;
+                        // Reading first: what a device said before it left counts, also if it takes nothing any more.
+                        let has_hung_up = event.is_read_closed() || event.is_error();
+                        if has_hung_up && let Some(conn) = self.conns.get_mut(index as usize) {
+                            conn.has_hung_up = true;
+                        }
+                        if event.is_readable() || has_hung_up {
+                            self.readable(index);
+                        }
                         if event.is_writable() {
                             self.writable(index);
-                        }
-                        if event.is_readable() || event.is_read_closed() || event.is_error() {
-                            self.readable(index);
                         }
                     }
                 }
             }
             self.accept(present);
             self.inbox.answer();
-            for _ in 0..INBOX_BUDGET {
+            // What is posted meanwhile, by this shard itself too, is for the next round.
+            for _ in 0..self.inbox.len().min(INBOX_BUDGET) {
                 let Some(event) = self.inbox.take() else { break };
                 self.handle(event);
             }
@@ -214,8 +222,9 @@ impl Shard {
     }
 
     fn timeout(&self) -> Duration {
-        let unfinished =
-            !self.inbox.is_empty() || (!self.accept_again.is_empty() && self.accept_paused_until.is_none());
+        let unfinished = !self.inbox.is_empty()
+            || !self.dirty.is_empty()
+            || (!self.accept_again.is_empty() && self.accept_paused_until.is_none());
         if unfinished {
             Duration::ZERO
         } else if !self.acks.is_empty() || !self.jobs.is_empty() {
@@ -306,9 +315,12 @@ impl Shard {
 
     /// Looks at a connection's deadlines.
     fn look_at(&mut self, entry: Entry) {
-        let Some(conn) = self.conns.get(entry.index as usize) else { return };
+        let Some(conn) = self.conns.get_mut(entry.index as usize) else { return };
         if conn.generation != entry.generation {
             return;
+        }
+        if entry.once && conn.out.is_none() {
+            conn.is_watched = false;
         }
         let now = self.now;
         let connect_deadline =
@@ -343,7 +355,7 @@ impl Shard {
         if let Some(session) = &conn.session
             && session.expires != 0
         {
-            let left_ms = (session.expires * 1000).saturating_sub(self.now_ms);
+            let left_ms = session.expires.saturating_mul(1000).saturating_sub(self.now_ms);
             if left_ms == 0 {
                 return self.close(entry.index, close::Reason::TokenExpired);
             }
@@ -405,16 +417,27 @@ impl Shard {
     }
 
     fn flush_dirty(&mut self) {
-        for index in std::mem::take(&mut self.dirty) {
-            let Some(conn) = self.conns.get_mut(index as usize) else { continue };
-            if !conn.is_dirty {
-                continue;
+        // A socket that took all that was queued may have room for what is behind, which is queued in turn.
+        for _ in 0..FLUSH_TURNS {
+            for index in std::mem::take(&mut self.dirty) {
+                let Some(conn) = self.conns.get_mut(index as usize) else { continue };
+                if !conn.is_dirty {
+                    continue;
+                }
+                conn.is_dirty = false;
+                if conn.out.as_ref().is_none_or(|out| out.is_blocked) {
+                    continue;
+                }
+                self.flush(index);
+                let conn = &self.conns[index as usize];
+                let waits = conn.session.as_ref().is_some_and(|s| s.behind.is_some() || s.waiting.is_some());
+                if waits && conn.out.is_none() && !conn.is_doomed {
+                    self.pump(index);
+                }
             }
-            conn.is_dirty = false;
-            if conn.out.as_ref().is_none_or(|out| out.is_blocked) {
-                continue;
+            if self.dirty.is_empty() {
+                break;
             }
-            self.flush(index);
         }
     }
 
@@ -430,7 +453,11 @@ impl Shard {
 
     /// The socket is full: look whether it has moved when the write timeout is over.
     fn watch_write(&mut self, index: u32) {
-        let generation = self.conns[index as usize].generation;
+        let conn = &mut self.conns[index as usize];
+        if std::mem::replace(&mut conn.is_watched, true) {
+            return;
+        }
+        let generation = conn.generation;
         let deadline = self.now + ticks(Duration::from_millis(self.config.write_timeout_ms.into()));
         self.timers.add(deadline, Entry { index, generation, once: true });
     }
@@ -446,7 +473,14 @@ impl Shard {
 
     fn bury(&mut self) {
         while let Some(index) = self.doomed.pop() {
-            if self.conns.get(index as usize).is_some_and(|conn| conn.is_doomed) {
+            let Some(conn) = self.conns.get_mut(index as usize).filter(|conn| conn.is_doomed) else {
+                continue;
+            };
+            // It takes nothing any more, but what it has sent (acks, a DISCONNECT) is still to be heard.
+            conn.is_doomed = false;
+            let generation = conn.generation;
+            self.readable(index);
+            if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation) {
                 self.close(index, close::Reason::Network);
             }
         }

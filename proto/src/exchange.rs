@@ -4,7 +4,7 @@
 //! number, and reconnects with backoff. A queue that is full and an answer that does not come are errors within a
 //! bounded time, never a wait without end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::time::Duration;
 
@@ -26,6 +26,8 @@ pub trait Protocol: Send + Sync + 'static {
     fn unbatch(batch: Self::ReplyBatch) -> Vec<Self::Reply>;
     fn set_correlation(request: &mut Self::Request, correlation: u64);
     fn correlation(reply: &Self::Reply) -> u64;
+    /// Bytes of the request on the wire.
+    fn bytes(request: &Self::Request) -> usize;
     fn open(
         channel: Channel,
         requests: ReceiverStream<Self::RequestBatch>,
@@ -54,6 +56,9 @@ impl Protocol for Publishing {
     fn correlation(reply: &Self::Reply) -> u64 {
         reply.correlation
     }
+    fn bytes(request: &Self::Request) -> usize {
+        prost::Message::encoded_len(request)
+    }
     async fn open(
         channel: Channel,
         requests: ReceiverStream<Self::RequestBatch>,
@@ -81,6 +86,9 @@ impl Protocol for Saving {
     }
     fn correlation(reply: &Self::Reply) -> u64 {
         reply.correlation
+    }
+    fn bytes(request: &Self::Request) -> usize {
+        prost::Message::encoded_len(request)
     }
     async fn open(
         channel: Channel,
@@ -225,6 +233,22 @@ async fn run<P: Protocol>(
     }
 }
 
+/// Bytes of requests in one batch, far below what a gRPC message may have; one that is larger goes alone.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+fn next_batch<P: Protocol>(outgoing: &mut VecDeque<P::Request>) -> Vec<P::Request> {
+    let mut batch = Vec::new();
+    let mut bytes = 0;
+    while let Some(request) = outgoing.front() {
+        bytes += P::bytes(request) + 8;
+        if !batch.is_empty() && bytes > BATCH_BYTES {
+            break;
+        }
+        batch.extend(outgoing.pop_front());
+    }
+    batch
+}
+
 fn jitter() -> u16 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.subsec_nanos() as u16)
 }
@@ -242,7 +266,7 @@ async fn converse<P: Protocol>(
     let mut waiting: HashMap<u64, Waiting<P::Reply>> = HashMap::new();
     let mut taken = Vec::with_capacity(options.batch);
     // The next batch, until the stream has room for it; answers are read meanwhile.
-    let mut outgoing = Vec::new();
+    let mut outgoing = VecDeque::new();
     let mut sweep = tokio::time::interval(Duration::from_secs(1));
     let all_gone = loop {
         tokio::select! {
@@ -259,7 +283,7 @@ async fn converse<P: Protocol>(
                 }
             },
             permit = batches.reserve(), if !outgoing.is_empty() => match permit {
-                Ok(permit) => permit.send(P::batch(std::mem::take(&mut outgoing))),
+                Ok(permit) => permit.send(P::batch(next_batch::<P>(&mut outgoing))),
                 Err(_) => break false,
             },
             count = calls.recv_many(&mut taken, options.batch),
@@ -280,7 +304,7 @@ async fn converse<P: Protocol>(
                     if let Some(reply) = call.reply {
                         waiting.insert(correlation, (reply, call.deadline));
                     }
-                    outgoing.push(call.request);
+                    outgoing.push_back(call.request);
                 }
             },
             _ = sweep.tick() => {

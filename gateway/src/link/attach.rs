@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use carillon_proto::v1::{self, attach_down, attach_up};
 use carillon_proto::{MAX_GRPC_MESSAGE_BYTES, topic};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
@@ -27,11 +27,12 @@ pub(super) async fn run(
     registry: Arc<str>,
     endpoint: Endpoint,
     mut commands: mpsc::Receiver<AttachCommand>,
+    overflowed: Arc<Notify>,
     stop: CancellationToken,
 ) {
     let mut backoff = Duration::from_millis(20);
     loop {
-        let round = converse(&inner, &registry, &endpoint, &mut commands, &mut backoff);
+        let round = converse(&inner, &registry, &endpoint, &mut commands, &overflowed, &mut backoff);
         let error = tokio::select! {
             error = round => error,
             () = stop.cancelled() => break,
@@ -46,6 +47,7 @@ pub(super) async fn run(
         }
     }
     inner.routes.wild_forgotten(&registry);
+    inner.release_broadcasts(&registry);
 }
 
 /// Attaches and stays until the stream ends; gives the reason.
@@ -54,6 +56,7 @@ async fn converse(
     registry: &Arc<str>,
     endpoint: &Endpoint,
     commands: &mut mpsc::Receiver<AttachCommand>,
+    overflowed: &Notify,
     backoff: &mut Duration,
 ) -> String {
     let channel = match endpoint.connect().await {
@@ -76,7 +79,7 @@ async fn converse(
     };
     *backoff = Duration::from_millis(20);
     inner.metrics.attached.inc();
-    let reason = stream.speak(inner, registry, commands, &mut down).await;
+    let reason = stream.speak(inner, registry, commands, overflowed, &mut down).await;
     inner.metrics.attached.dec();
     reason
 }
@@ -84,13 +87,18 @@ async fn converse(
 struct Stream {
     up: Up,
     next_request: u64,
-    /// What was asked in each Announce that is not answered yet.
-    asked: HashMap<u64, Vec<Arc<str>>>,
+    /// What was said in each Announce that is not answered yet, in its order.
+    asked: HashMap<u64, Vec<Asked>>,
     /// Slots that the registry said are not its own, though the keeper says they are.
     again: HashSet<u32>,
 }
 
 struct Ended;
+
+struct Asked {
+    filter: Arc<str>,
+    present: bool,
+}
 
 /// Slots whose topics have been announced; each shard announces its sessions in them and drops this. With the last of
 /// them it is said that this was all: the queue to the registry keeps the order.
@@ -125,6 +133,7 @@ impl Stream {
         inner: &Arc<Inner>,
         registry: &Arc<str>,
         commands: &mut mpsc::Receiver<AttachCommand>,
+        overflowed: &Notify,
         down: &mut tonic::Streaming<v1::AttachDown>,
     ) -> String {
         let ended = "the registry ended the stream".to_owned();
@@ -137,6 +146,7 @@ impl Stream {
         let mut retry = tokio::time::interval(NOT_OWNER_RETRY);
         loop {
             tokio::select! {
+                () = overflowed.notified() => return "announcements were lost, all are made again".to_owned(),
                 received = down.message() => match received {
                     Ok(Some(v1::AttachDown { body: Some(body) })) => self.received(inner, registry, body).await,
                     Ok(Some(_)) => {}
@@ -221,7 +231,8 @@ impl Stream {
             last: *last,
         });
         let announce = v1::Announce { request, routes: wire.collect() };
-        self.asked.insert(request, routes.into_iter().map(|(filter, _, _)| filter).collect());
+        let asked = routes.into_iter().map(|(filter, present, _)| Asked { filter, present });
+        self.asked.insert(request, asked.collect());
         self.send(attach_up::Body::Announce(announce)).await
     }
 
@@ -285,7 +296,11 @@ impl Stream {
         let Some(filters) = self.asked.remove(&announced.request) else { return };
         let refused: HashSet<u32> = announced.not_owner.iter().copied().collect();
         let registries = inner.registry_names();
-        for (i, filter) in filters.iter().enumerate() {
+        for (i, Asked { filter, present }) in filters.iter().enumerate() {
+            // The answer to "absent" says nothing about a subscriber that has come since: that one was announced anew.
+            if !present {
+                continue;
+            }
             if refused.contains(&(i as u32)) {
                 let slot = topic::slot_of(filter);
                 if inner.owner(filter).as_ref() == Some(registry) {

@@ -15,6 +15,9 @@ use crate::delivery::Delivery;
 use crate::event::{ConnId, Event, Granted};
 use crate::routes::Joined;
 
+/// Between two tries to reach a saver.
+const SAVER_RETRY: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Why the saver did not do it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SaverFailure {
@@ -40,17 +43,29 @@ pub struct Wanted {
 impl Link {
     /// Queues the request now; the future is for its answer.
     fn ask(&self, op: Op) -> impl Future<Output = Result<Reply, SaverFailure>> + Send + use<> {
-        let call = self
-            .inner
-            .saver
-            .load()
-            .as_ref()
-            .map(|saver| saver.call(SaverRequest { correlation: 0, op: Some(op) }));
+        let inner = self.inner.clone();
+        let again = op.clone();
+        let call = move |op| {
+            inner.saver.load().as_ref().map(|saver| saver.call(SaverRequest { correlation: 0, op: Some(op) }))
+        };
+        let mut called = call(op);
         async move {
-            let Some(call) = call else {
-                return Err(SaverFailure::Unavailable("none is known".to_owned()));
+            let deadline = tokio::time::Instant::now() + OWNER_WAIT;
+            let reply = loop {
+                let error = match called {
+                    Some(call) => match call.await {
+                        Ok(reply) => break reply,
+                        Err(error) => error.to_string(),
+                    },
+                    None => "none is known".to_owned(),
+                };
+                // A saver that is replaced takes its stream with it; all that is asked here may be asked twice.
+                if tokio::time::Instant::now() + SAVER_RETRY >= deadline {
+                    return Err(SaverFailure::Unavailable(error));
+                }
+                tokio::time::sleep(SAVER_RETRY).await;
+                called = call(again.clone());
             };
-            let reply = call.await.map_err(|error| SaverFailure::Unavailable(error.to_string()))?;
             match reply.result {
                 Some(Reply::Error(error)) => Err(match error.code() {
                     Code::SessionMoved => SaverFailure::Moved,
@@ -188,8 +203,9 @@ impl Link {
             // and a message that is routed before its position is known is not missed either.
             let mut wanted = wanted;
             let mut routed = Vec::with_capacity(wanted.len());
+            let deadline = tokio::time::Instant::now() + OWNER_WAIT;
             for wanted in &mut wanted {
-                routed.push(in_force(&wanted.filter, &mut wanted.joined).await);
+                routed.push(in_force(&wanted.filter, &mut wanted.joined, deadline).await);
             }
             let mut placed: Vec<Result<v1::SubscribedOne, u8>> = wanted
                 .iter()
@@ -240,10 +256,10 @@ impl Link {
 }
 
 /// Waits for a route to be in force; the last stored seq that has come by on it.
-async fn in_force(filter: &Arc<str>, joined: &mut Joined) -> Result<u64, u8> {
+async fn in_force(filter: &Arc<str>, joined: &mut Joined, deadline: tokio::time::Instant) -> Result<u64, u8> {
     match joined {
         Joined::Ready(last) => Ok(*last),
-        Joined::Wait { in_force, .. } => match tokio::time::timeout(OWNER_WAIT, in_force).await {
+        Joined::Wait { in_force, .. } => match tokio::time::timeout_at(deadline, in_force).await {
             Ok(Ok(last)) => Ok(last),
             Ok(Err(_)) | Err(_) => {
                 tracing::warn!(%filter, "no owner put the route in force in time");

@@ -158,7 +158,13 @@ impl Shard {
             if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation)
                 && let Some(target) = self.target(index, &job.delivery.topic)
             {
-                self.set_last(index, &target, &job.delivery.topic, message.seq);
+                // Who still has something before it to get reads the log, and finds this one there too.
+                let topic = &job.delivery.topic;
+                let session = self.conns[index as usize].session.as_mut();
+                let is_behind = session.is_some_and(|session| session.behind_on(topic).is_some());
+                if !is_behind && self.last(index, &target, topic).is_none_or(|last| last >= message.prev) {
+                    self.set_last(index, &target, topic, message.seq);
+                }
             }
         }
     }

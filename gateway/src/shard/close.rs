@@ -115,7 +115,7 @@ impl Shard {
         let id = self.id(index);
         let mut conn = self.conns.remove(index as usize);
         tracing::debug!(peer = %super::peer(&conn.stream), reason = why.label(), "connection ends");
-        if conn.phase != Phase::Connecting && conn.phase != Phase::Upgrading && conn.version == Version::V5 {
+        if conn.phase == Phase::Live && conn.version == Version::V5 {
             self.scratch.clear();
             if let Some(code) = why.code() {
                 let wants_text = conn.session.as_ref().is_some_and(|session| session.wants_problems);

@@ -38,6 +38,10 @@ pub struct Conn {
     /// Nothing is read for now; `readable` tells whether there is something.
     pub is_paused: bool,
     pub readable: bool,
+    /// The device has closed its side: read to the end, for nobody will say again that there is something.
+    pub has_hung_up: bool,
+    /// The timer wheel looks after what is queued for it.
+    pub is_watched: bool,
     /// To be closed at the end of this round; set when a write failed in the middle of a fan-out.
     pub is_doomed: bool,
     /// In the list of those with something queued in this round.
@@ -133,12 +137,15 @@ pub struct Publishing {
     /// Ticket of the first of the queue.
     pub first_ticket: u64,
     pub queue: VecDeque<PendingPublish>,
+    /// Bytes of the payloads under way.
+    pub bytes: usize,
 }
 
 pub struct PendingPublish {
     /// 0: QoS 0, not to be answered.
     pub packet_id: u16,
     pub reason: Option<u8>,
+    pub bytes: u32,
 }
 
 /// A topic on which the device has messages due that are to be read from the log.
@@ -196,6 +203,8 @@ impl Conn {
             version: Version::V5,
             is_paused: false,
             readable: false,
+            has_hung_up: false,
+            is_watched: false,
             is_doomed: false,
             is_dirty: false,
             round: 0,

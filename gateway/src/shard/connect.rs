@@ -302,7 +302,7 @@ impl Shard {
     }
 
     /// Answers a CONNECT with a refusal and closes.
-    fn refuse(&mut self, index: u32, reason: u8, text: &str) {
+    pub(super) fn refuse(&mut self, index: u32, reason: u8, text: &str) {
         let conn = &self.conns[index as usize];
         tracing::debug!(peer = %super::peer(&conn.stream), reason, text, "connect refused");
         self.link.metrics().connects.with_label_values(&[&format!("{reason:#04x}")]).inc();

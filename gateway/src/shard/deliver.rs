@@ -38,6 +38,11 @@ impl Shard {
         let mut wild: SmallVec<[TopicId; 4]> = SmallVec::new();
         self.topics.wild_matching(&delivery.topic, &mut wild);
         let exact = self.topics.find(&delivery.topic);
+        if delivery.message.stored {
+            for &filter in &wild {
+                self.topics.note_passed(filter, &delivery.topic, delivery.message.prev, delivery.message.seq);
+            }
+        }
         if wild.is_empty() {
             let Some(exact) = exact else { return };
             for position in 0..self.topics.get(exact).subs.len() {
@@ -101,7 +106,7 @@ impl Shard {
     }
 
     /// seq of the last stored message that this connection was sent on the topic; none if it has just joined.
-    fn last(&self, index: u32, target: &Target, name: &str) -> Option<u64> {
+    pub(super) fn last(&self, index: u32, target: &Target, name: &str) -> Option<u64> {
         if let Some(exact) = target.exact {
             return Some(self.topics.get(exact.topic).subs[exact.position as usize].last);
         }
@@ -508,6 +513,7 @@ impl Shard {
         topic: TopicId,
         options: SubOptions,
         granted: &Granted,
+        passed: &[(Arc<str>, u64, u64)],
     ) {
         if options.qos == 0 || !self.conns.contains(index as usize) {
             return;
@@ -521,6 +527,18 @@ impl Shard {
                 {
                     self.set_last(index, &target, &name, backlog.after);
                     self.fall_behind(index, &name, backlog.after, backlog.head, backlog.sent);
+                }
+            }
+            for (name, prev, seq) in passed {
+                let Some(target) = self.target(index, name).filter(|target| target.exact.is_none()) else {
+                    continue;
+                };
+                if self.last(index, &target, name).is_none() {
+                    self.set_last(index, &target, name, *prev);
+                }
+                let last = self.last(index, &target, name).unwrap_or(*prev);
+                if *seq > last {
+                    self.fall_behind(index, name, last, *seq, 0);
                 }
             }
             return;

@@ -12,6 +12,8 @@ use crate::event::{ConnId, Event, PublishOutcome};
 
 /// Publishes of one device under way before it is not read from any more.
 const PUBLISHING_MAX: usize = 1000;
+/// And payload bytes of these.
+const PUBLISHING_BYTES: usize = 4 * 1024 * 1024;
 
 impl Shard {
     pub(super) fn publish(&mut self, index: u32, publish: &Publish<'_>) {
@@ -58,9 +60,14 @@ impl Shard {
         };
         let publishing = session.publishing.get_or_insert_default();
         let ticket = publishing.first_ticket + publishing.queue.len() as u64;
-        publishing
-            .queue
-            .push_back(PendingPublish { packet_id: publish.packet_id.unwrap_or(0), reason: refused });
+        let payload_bytes = publish.payload.len() as u32;
+        publishing.bytes += publish.payload.len();
+        let bytes = publishing.bytes;
+        publishing.queue.push_back(PendingPublish {
+            packet_id: publish.packet_id.unwrap_or(0),
+            reason: refused,
+            bytes: payload_bytes,
+        });
         if let (Some((full, _)), None) = (allowed, refused) {
             let publisher = session.session_ref();
             let message = message(
@@ -75,7 +82,7 @@ impl Shard {
                 self.now_ms,
             );
             // Backpressure: the device is read again when the owners have caught up with it.
-            if unanswered >= PUBLISHING_MAX {
+            if unanswered >= PUBLISHING_MAX || bytes >= PUBLISHING_BYTES {
                 conn.is_paused = true;
             }
             let id = self.id(index);
@@ -105,8 +112,9 @@ impl Shard {
         let Some(session) = &mut conn.session else { return };
         let Some(publishing) = &mut session.publishing else { return };
         self.scratch.clear();
-        while let Some(&PendingPublish { packet_id, reason: Some(code) }) = publishing.queue.front() {
+        while let Some(&PendingPublish { packet_id, reason: Some(code), bytes }) = publishing.queue.front() {
             publishing.queue.pop_front();
+            publishing.bytes -= bytes as usize;
             publishing.first_ticket += 1;
             if packet_id == 0 {
                 continue;
@@ -119,12 +127,13 @@ impl Shard {
             codec::puback(&mut self.scratch, version, packet_id, code, None);
         }
         let left = publishing.queue.len();
+        let has_room = left < PUBLISHING_MAX / 2 && publishing.bytes < PUBLISHING_BYTES / 2;
         if left == 0 && publishing.queue.capacity() > 64 {
             publishing.queue.shrink_to_fit();
         }
         let is_waiting =
             session.pending.is_some() || session.unsubscribing.is_some() || session.opening.is_some();
-        let resumes = conn.is_paused && !is_waiting && left < PUBLISHING_MAX / 2;
+        let resumes = conn.is_paused && !is_waiting && has_room;
         if !self.scratch.is_empty() {
             self.reply(index);
         }

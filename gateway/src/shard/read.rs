@@ -36,8 +36,9 @@ impl Shard {
                     conn.last_read = self.now;
                     self.counts.bytes_in += count as u64;
                     self.received(index, &mut buffer[..count]);
-                    // A read that did not fill the buffer has emptied the socket.
-                    if count < buffer.len() {
+                    // A read that did not fill the buffer has emptied the socket, but for the end that may be behind it.
+                    let ends = self.conns.get(index as usize).is_some_and(|conn| conn.has_hung_up);
+                    if count < buffer.len() && !ends {
                         break;
                     }
                 }
@@ -113,8 +114,9 @@ impl Shard {
             self.with_partial(index, &bytes[decoded.data]);
         }
         let Some(conn) = self.conns.get_mut(index as usize) else { return };
-        if !replies.is_empty() && conn.send_raw(&replies, now).is_err() {
-            return self.close(index, Reason::Network);
+        if !replies.is_empty() {
+            let sent = conn.send_raw(&replies, now);
+            self.after_send(index, sent);
         }
         match decoded.end {
             None => {}
@@ -231,6 +233,10 @@ impl Shard {
     }
 
     pub(super) fn after_send(&mut self, index: u32, sent: std::io::Result<super::outbound::Sent>) {
+        // Deliveries stop at the limit; what goes beyond it are answers to a device that asks and does not read.
+        if self.conns[index as usize].outbound_bytes() > 2 * self.config.max_outbound_bytes as usize {
+            return self.doom(index);
+        }
         match sent {
             Ok(super::outbound::Sent::All) => {}
             Ok(super::outbound::Sent::Queued) => {

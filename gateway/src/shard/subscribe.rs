@@ -119,11 +119,11 @@ impl Shard {
         let Some(session) = &mut conn.session else { return };
         let packet_id = pending.packet_id;
         session.pending = Some(Box::new(pending));
-        conn.is_paused = true;
         let kept = session.attachment.map(|attachment| (session.session_ref(), attachment));
         if wanted.is_empty() {
             self.subscribed(id, packet_id, Vec::new());
         } else {
+            conn.is_paused = true;
             self.link.subscribe(id, packet_id, kept, wanted);
         }
     }
@@ -146,7 +146,9 @@ impl Shard {
     pub(super) fn subscribed(&mut self, id: ConnId, packet_id: u16, outcomes: Vec<Result<Granted, u8>>) {
         // A connection that is gone has given back its holds when it went.
         let Some(index) = self.find(id) else { return };
+        let was_paused = self.conns[index as usize].is_paused;
         let Some(session) = &mut self.conns[index as usize].session else { return };
+        let is_kept = session.attachment.is_some();
         let Some(pending) = session.pending.take() else { return };
         let mut outcomes = outcomes.into_iter();
         let mut codes = Vec::with_capacity(pending.entries.len());
@@ -159,13 +161,20 @@ impl Shard {
                         Ok(granted) => {
                             self.install(index, topic, options, identifier, &granted);
                             codes.push(options.qos);
-                            installed.push((topic, options, identifier, granted));
+                            // What came by on a filter's topics meanwhile is due to a kept session.
+                            let passed = if is_kept { self.topics.passed(topic) } else { Vec::new() };
+                            installed.push((topic, options, identifier, granted, passed));
                         }
                         Err(code) => codes.push(code),
                     }
                     self.release(topic);
                 }
             }
+        }
+        if packet_id == 0 && codes.iter().any(|&code| code >= 0x80) {
+            // "Session present" would be a lie: the device is to try again when hubs are there.
+            let text = "the session's subscriptions could not be restored, try again";
+            return self.refuse(index, reason::SERVER_UNAVAILABLE, text);
         }
         if packet_id == 0 {
             // Reads on if the CONNECT was waiting for this.
@@ -177,14 +186,14 @@ impl Shard {
             codec::suback(&mut self.scratch, version, packet_id, &codes);
             self.reply(index);
         }
-        for (topic, options, identifier, granted) in installed {
+        for (topic, options, identifier, granted, passed) in installed {
             for delivery in &granted.retained {
                 self.send_retained(index, delivery, options, identifier);
             }
-            self.catch_up_after(index, topic, options, &granted);
+            self.catch_up_after(index, topic, options, &granted, &passed);
         }
         self.pump(index);
-        if self.conns.get(index as usize).is_some_and(|conn| conn.generation == id.generation) {
+        if was_paused && self.conns.get(index as usize).is_some_and(|conn| conn.generation == id.generation) {
             self.resume(index);
         }
     }
@@ -198,11 +207,6 @@ impl Shard {
         granted: &Granted,
     ) {
         let conn = &mut self.conns[index as usize];
-        if let Some(sub) = conn.subs.iter().find(|sub| sub.topic == topic) {
-            let sub = &mut self.topics.get_mut(topic).subs[sub.position as usize];
-            (sub.options, sub.identifier) = (options, identifier);
-            return;
-        }
         let name = self.topics.get(topic).name.clone();
         let is_kept = conn.session.as_ref().is_some_and(|session| session.attachment.is_some());
         // What came by while the SUBSCRIBE was under way is due to a kept session and to an inbox; for another
@@ -210,6 +214,15 @@ impl Shard {
         let joins_now = !is_kept && topic::inbox_user(&name).is_none();
         let last =
             if joins_now { self.link.routes().last(&name).max(granted.position) } else { granted.position };
+        if let Some(sub) = conn.subs.iter().find(|sub| sub.topic == topic) {
+            let sub = &mut self.topics.get_mut(topic).subs[sub.position as usize];
+            if sub.options.qos == 0 && options.qos > 0 {
+                // Until now nobody kept count.
+                sub.last = sub.last.max(last);
+            }
+            (sub.options, sub.identifier) = (options, identifier);
+            return;
+        }
         let sub = self.topics.subscribe(topic, Sub { conn: index, identifier, last, options });
         conn.subs.push(sub);
         self.link.metrics().subscriptions.inc();
@@ -233,6 +246,7 @@ impl Shard {
                 None => codes.push(reason::NO_SUBSCRIPTION_EXISTED),
             }
         }
+        self.forget_wild_cursors(index);
         let id = self.id(index);
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
@@ -265,6 +279,16 @@ impl Shard {
         self.reply(index);
         if was_paused {
             self.resume(index);
+        }
+    }
+
+    /// What no filter matches any more is forgotten: a later subscription begins anew.
+    fn forget_wild_cursors(&mut self, index: u32) {
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        let Some(mut cursors) = session.wild_last.take() else { return };
+        cursors.retain(|name, _| self.target(index, name).is_some_and(|target| target.exact.is_none()));
+        if let Some(session) = &mut self.conns[index as usize].session {
+            session.wild_last = (!cursors.is_empty()).then_some(cursors);
         }
     }
 

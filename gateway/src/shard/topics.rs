@@ -38,13 +38,21 @@ pub struct SubRef {
     pub position: u32,
 }
 
+type Passed = HashMap<Arc<str>, (u64, u64)>;
+
 #[derive(Debug)]
 pub struct Topic {
     pub name: Arc<str>,
     pub subs: SmallVec<[Sub; 1]>,
     /// SUBSCRIBEs under way that will add to it.
     holds: u32,
+    /// Of a filter, while SUBSCRIBEs are under way: topics on which stored messages came by, with the `prev` of the first
+    /// and the seq of the last.
+    passed: Option<Box<Passed>>,
 }
+
+/// Topics remembered of those that came by; a SUBSCRIBE takes milliseconds.
+const PASSED_MAX: usize = 10_000;
 
 impl Topic {
     pub fn is_wild(&self) -> bool {
@@ -87,8 +95,12 @@ impl Topics {
             Some(&id) => id,
             None => {
                 let name: Arc<str> = filter.into();
-                let id = self.topics.insert(Topic { name: name.clone(), subs: SmallVec::new(), holds: 0 })
-                    as TopicId;
+                let id = self.topics.insert(Topic {
+                    name: name.clone(),
+                    subs: SmallVec::new(),
+                    holds: 0,
+                    passed: None,
+                }) as TopicId;
                 if topic::is_wildcard(filter) {
                     self.wild.insert(filter, id);
                 }
@@ -103,8 +115,32 @@ impl Topics {
 
     /// Some(name): nobody is interested any more, the topic is gone.
     pub fn release(&mut self, id: TopicId) -> Option<Arc<str>> {
-        self.topics[id as usize].holds -= 1;
+        let topic = &mut self.topics[id as usize];
+        topic.holds -= 1;
+        if topic.holds == 0 {
+            topic.passed = None;
+        }
         self.remove_if_unused(id)
+    }
+
+    /// A stored message came by on a filter: who is about to subscribe to it must not miss it.
+    pub fn note_passed(&mut self, id: TopicId, name: &Arc<str>, prev: u64, seq: u64) {
+        let topic = &mut self.topics[id as usize];
+        if topic.holds == 0 {
+            return;
+        }
+        let passed = topic.passed.get_or_insert_default();
+        if let Some((_, last)) = passed.get_mut(name) {
+            *last = seq;
+        } else if passed.len() < PASSED_MAX {
+            passed.insert(name.clone(), (prev, seq));
+        }
+    }
+
+    /// What has been noted since the SUBSCRIBEs under way began: topic, `prev` of the first, seq of the last.
+    pub fn passed(&self, id: TopicId) -> Vec<(Arc<str>, u64, u64)> {
+        let passed = self.topics[id as usize].passed.iter().flat_map(|passed| passed.iter());
+        passed.map(|(name, &(prev, seq))| (name.clone(), prev, seq)).collect()
     }
 
     pub fn subscribe(&mut self, id: TopicId, sub: Sub) -> SubRef {

@@ -136,12 +136,21 @@ impl Stream {
         stop: CancellationToken,
     ) {
         let mut reading = true;
+        // Nobody is there for the answers any more. What has been taken is carried out all the same, also what waits for
+        // its turn: it may be the closing of a session behind its last ack.
+        let mut is_alone = false;
         while reading || !self.running.is_empty() || !self.outgoing.is_empty() {
+            if is_alone {
+                self.outgoing.clear();
+                self.outgoing_bytes = 0;
+                if self.running.is_empty() {
+                    return;
+                }
+            }
             tokio::select! {
                 permit = replies.reserve(), if !self.outgoing.is_empty() => match permit {
                     Ok(permit) => permit.send(Ok(self.next_batch())),
-                    // Nobody is there for the answers. What has been given to the store is carried out all the same.
-                    Err(_) => return,
+                    Err(_) => (reading, is_alone) = (false, true),
                 },
                 Some((key, answers)) = self.running.next(),
                     if !self.running.is_empty() && self.outgoing_bytes < OUTGOING_BYTES =>
@@ -163,7 +172,7 @@ impl Stream {
                     Ok(None) => reading = false,
                     Err(status) => {
                         tracing::debug!(%status, "a saver stream failed");
-                        return;
+                        (reading, is_alone) = (false, true);
                     }
                 },
                 () = stop.cancelled(), if reading => reading = false,

@@ -155,7 +155,7 @@ impl Job {
         if wanted == broadcast_job::State::Cancelled {
             self.shown.ended_ms = now_ms;
         }
-        Ok(self.tell())
+        Ok(self.settle(now_ms))
     }
 
     /// Its owner was lost, or stops: its message is in the log, but nobody looks after its spreading any more.
@@ -171,7 +171,10 @@ impl Job {
         if self.shown.seq == 0 {
             return Vec::new();
         }
-        if self.is_active() && self.parts.values().all(|part| part.finished || part.receiver.is_none()) {
+        // A gateway that is away while the job is paused still has it, and waits for word.
+        let is_running = self.shown.state() == broadcast_job::State::Running;
+        let over = |part: &Part| part.finished || (is_running && part.receiver.is_none());
+        if self.is_active() && self.parts.values().all(over) {
             self.shown.state = broadcast_job::State::Finished.into();
             self.shown.ended_ms = now_ms;
             self.dirty = true;
