@@ -156,7 +156,7 @@ pub struct HubArgs {
     #[command(flatten)]
     pub process: ProcessArgs,
     /// The keeper's nodes
-    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL")]
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
     pub keeper: Vec<String>,
     /// Which roles
     #[arg(
@@ -180,7 +180,7 @@ pub struct GatewayArgs {
     #[command(flatten)]
     pub process: ProcessArgs,
     /// The keeper's nodes
-    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL")]
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
     pub keeper: Vec<String>,
     /// MQTT for devices
     #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
@@ -197,6 +197,16 @@ pub struct GatewayArgs {
     /// Threads that hold connections; 0 = one for each CPU
     #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
     pub shards: usize,
+}
+
+/// `http://host:port` of a keeper's node.
+fn keeper_url(text: &str) -> Result<String, String> {
+    let rest = text.strip_prefix("http://").ok_or("must be http://host:port")?;
+    let (host, port) = rest.trim_end_matches('/').rsplit_once(':').ok_or("must be http://host:port")?;
+    if host.is_empty() || port.parse::<u16>().is_err() {
+        return Err("must be http://host:port".to_owned());
+    }
+    Ok(text.trim_end_matches('/').to_owned())
 }
 
 fn hub_role(name: &str) -> Result<Role, String> {
@@ -375,6 +385,7 @@ pub struct KeeperClientArgs {
         env = "CARILLON_KEEPER",
         value_delimiter = ',',
         value_name = "URL",
+        value_parser = keeper_url,
         help_heading = "Connection"
     )]
     pub keeper: Vec<String>,

@@ -58,8 +58,14 @@ fn directives(level: &str) -> String {
 }
 
 fn parse(level: &str) -> anyhow::Result<EnvFilter> {
+    // A bare word would be taken for the name of a module, and everything else would fall silent.
+    let levels = ["off", "error", "warn", "info", "debug", "trace"];
+    let is_word = !level.contains(['=', ',']);
+    if is_word && !levels.iter().any(|known| known.eq_ignore_ascii_case(level)) {
+        anyhow::bail!("{level:?} is no log level: use error, warn, info, debug, trace, off, or directives");
+    }
     EnvFilter::try_new(directives(level)).with_context(|| {
-        format!("{level:?} is no log level: use error, warn, info, debug, trace, or directives")
+        format!("{level:?} is no log level: use error, warn, info, debug, trace, off, or directives")
     })
 }
 
@@ -72,6 +78,7 @@ mod tests {
         for level in ["error", "INFO", "debug", "info,carillon_gateway=debug", "off"] {
             assert!(parse(level).is_ok(), "{level}");
         }
+        assert!(parse("shouty").is_err());
         let error = format!("{:#}", parse("carillon=loud").unwrap_err());
         assert!(error.contains("is no log level"), "{error}");
     }

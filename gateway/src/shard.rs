@@ -477,9 +477,10 @@ impl Shard {
                 continue;
             };
             // It takes nothing any more, but what it has sent (acks, a DISCONNECT) is still to be heard.
-            conn.is_doomed = false;
+            (conn.is_doomed, conn.is_deaf, conn.readable) = (false, true, true);
+            conn.out = None;
             let generation = conn.generation;
-            self.readable(index);
+            self.resume(index);
             if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation) {
                 self.close(index, close::Reason::Network);
             }

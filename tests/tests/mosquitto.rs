@@ -200,6 +200,24 @@ async fn a_kept_session_gets_what_it_missed_in_order() {
     }
 }
 
+/// Only its user empties an inbox, not somebody else who may read it.
+#[tokio::test]
+async fn another_user_does_not_consume_an_inbox() {
+    if find("mosquitto_sub").is_none() {
+        return;
+    }
+    let server = Server::start().await;
+    server.cli(&["push", "jane", "for jane"]).await;
+    for user in ["alice", "jane"] {
+        let read = ["-u", user, "-t", "demo/u/jane", "-q", "1", "-C", "1", "-W", "5"];
+        let got = succeed(mosquitto("mosquitto_sub", server.addresses().mqtt, "5", &read).unwrap()).await;
+        assert_eq!(got.trim(), "for jane", "{user}");
+    }
+    let again = ["-u", "jane", "-t", "demo/u/jane", "-q", "1", "-C", "1", "-W", "1"];
+    let output = run(mosquitto("mosquitto_sub", server.addresses().mqtt, "5", &again).unwrap()).await;
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "jane has had it");
+}
+
 #[tokio::test]
 async fn a_clean_start_forgets_the_session() {
     if find("mosquitto_sub").is_none() {

@@ -44,6 +44,8 @@ pub struct Conn {
     pub is_watched: bool,
     /// To be closed at the end of this round; set when a write failed in the middle of a fan-out.
     pub is_doomed: bool,
+    /// It takes nothing any more: nothing is sent to it, but what it has sent is still heard.
+    pub is_deaf: bool,
     /// In the list of those with something queued in this round.
     pub is_dirty: bool,
     /// The round of the last direct send: a second message in one round is queued, to go out together with others.
@@ -206,6 +208,7 @@ impl Conn {
             has_hung_up: false,
             is_watched: false,
             is_doomed: false,
+            is_deaf: false,
             is_dirty: false,
             round: 0,
             accepted: now,

@@ -94,6 +94,9 @@ impl Conn {
     /// Sends bytes of the connection's protocol, at once if this is the first time in this round, else at its end.
     /// `Err`: the socket is gone.
     pub fn send(&mut self, bytes: &[u8], round: u32, now: Tick) -> io::Result<Sent> {
+        if self.is_deaf {
+            return Ok(Sent::All);
+        }
         if self.out.is_some() || self.round == round {
             let out =
                 self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
@@ -110,6 +113,9 @@ impl Conn {
 
     /// As [`send`](Self::send), for a frame that is shared with other connections.
     pub fn send_shared(&mut self, bytes: &Arc<[u8]>, round: u32, now: Tick) -> io::Result<Sent> {
+        if self.is_deaf {
+            return Ok(Sent::All);
+        }
         if self.out.is_some() || self.round == round {
             let out =
                 self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
@@ -144,6 +150,9 @@ impl Conn {
 
     /// Queues bytes as they are, without WebSocket framing (handshakes, pongs).
     pub fn send_raw(&mut self, bytes: &[u8], now: Tick) -> io::Result<Sent> {
+        if self.is_deaf {
+            return Ok(Sent::All);
+        }
         let out =
             self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
         out.push(bytes);

@@ -152,10 +152,7 @@ impl Shard {
     fn mqtt(&mut self, index: u32, mut bytes: &[u8]) {
         loop {
             let Some(conn) = self.conns.get_mut(index as usize) else { return };
-            if conn.is_doomed {
-                return;
-            }
-            if conn.is_paused {
+            if conn.is_doomed || conn.is_paused {
                 break;
             }
             let length = match codec::frame(bytes, self.config.max_packet_bytes as usize) {

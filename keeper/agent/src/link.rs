@@ -362,6 +362,7 @@ async fn tell(
     mut leases: tokio::sync::watch::Receiver<BTreeMap<String, u64>>,
 ) -> Result<(), Status> {
     let mut wake = shared.wake.subscribe();
+    let mut told_as = BTreeMap::new();
     loop {
         loop {
             let answer = shared.board.lock().answers.front().cloned();
@@ -379,6 +380,11 @@ async fn tell(
         }
         loop {
             let known = leases.borrow_and_update().clone();
+            // Another instance of this process, or a new lease of one: nothing has been told as that yet.
+            if known != told_as {
+                shared.board.lock().forget_told();
+                told_as.clone_from(&known);
+            }
             let reports = if known.is_empty() { Vec::new() } else { shared.board.lock().untold(REPORTS) };
             if reports.is_empty() {
                 break;

@@ -124,6 +124,13 @@ pub fn session_name(session: &v1::SessionRef) -> String {
     format!("{}\0{}\0{}", session.app, session.user, session.client_id)
 }
 
+/// Is this topic the inbox of the session's user? `session` as [`session_name`] gives it.
+pub fn is_inbox_of(topic_name: &str, session: &str) -> bool {
+    let mut parts = session.split('\0');
+    let (app, user) = (parts.next().unwrap_or_default(), parts.next());
+    topic::app_of(topic_name) == app && user.is_some() && topic::inbox_user(topic_name) == user
+}
+
 #[derive(Debug, Default)]
 pub struct Index {
     pub topics: Vec<Topic>,

@@ -202,7 +202,13 @@ impl Planner<'_> {
                 acked = self.advance(id, topic, acked, 0)?;
             }
             if self.index.at(topic).retention.consumed {
-                self.consume(topic, Some(acked))?;
+                // Somebody else who reads an inbox (with the right to) does not empty it.
+                let is_owner = ack.session.as_ref().is_some_and(|session| {
+                    index::is_inbox_of(&self.index.at(topic).name, &index::session_name(session))
+                });
+                if is_owner || id.is_some() {
+                    self.consume(topic, is_owner.then_some(acked))?;
+                }
             }
         }
         Ok(())
@@ -472,7 +478,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Trims an inbox to what every session kept for it has acked, and `acked`, if somebody did just now.
+    /// Trims an inbox to what every session kept for it has acked, and `acked`, if its user did just now. Without a session
+    /// of its user nothing has been consumed.
     fn consume(&mut self, id: TopicId, acked: Option<u64>) -> StoreResult<()> {
         let topic = self.index.at(id);
         if !topic.retention.consumed || acked.is_some_and(|acked| acked <= topic.trimmed) {
@@ -481,6 +488,12 @@ impl Planner<'_> {
         let (name, trimmed) = (topic.name.clone(), topic.trimmed);
         let mut sessions = BTreeSet::new();
         self.index.subscribers.matching(&name, |ids| sessions.extend(ids.iter().copied()));
+        let is_own = |session: &SessionId| {
+            self.index.sessions.get(session).is_some_and(|session| index::is_inbox_of(&name, &session.name))
+        };
+        if acked.is_none() && !sessions.iter().any(is_own) {
+            return Ok(());
+        }
         let mut consumed = acked;
         for session in sessions {
             let standing = self.standing(session, id)?;
