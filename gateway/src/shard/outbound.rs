@@ -94,43 +94,43 @@ impl Conn {
     /// Sends bytes of the connection's protocol, at once if this is the first time in this round, else at its end.
     /// `Err`: the socket is gone.
     pub fn send(&mut self, bytes: &[u8], round: u32, now: Tick) -> io::Result<Sent> {
-        if self.is_deaf {
-            return Ok(Sent::All);
+        if self.goes_at_once(round) {
+            return self.send_now(bytes, now);
         }
-        if self.out.is_some() || self.round == round {
-            let out =
-                self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
-            if self.websocket.is_some() {
-                let (header, len) = websocket::header(bytes.len());
-                out.push(&header[..len]);
-            }
-            out.push(bytes);
-            return Ok(Sent::Queued);
-        }
-        self.round = round;
-        self.send_now(bytes, now)
+        self.queue(bytes.len(), now).push(bytes);
+        Ok(Sent::Queued)
     }
 
     /// As [`send`](Self::send), for a frame that is shared with other connections.
     pub fn send_shared(&mut self, bytes: &Arc<[u8]>, round: u32, now: Tick) -> io::Result<Sent> {
-        if self.is_deaf {
-            return Ok(Sent::All);
+        if self.goes_at_once(round) {
+            return self.send_now(bytes, now);
         }
-        if self.out.is_some() || self.round == round {
-            let out =
-                self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
-            if self.websocket.is_some() {
-                let (header, len) = websocket::header(bytes.len());
-                out.push(&header[..len]);
-            }
-            out.push_shared(bytes);
-            return Ok(Sent::Queued);
-        }
+        self.queue(bytes.len(), now).push_shared(bytes);
+        Ok(Sent::Queued)
+    }
+
+    fn goes_at_once(&mut self, round: u32) -> bool {
+        let goes = self.is_deaf || (self.out.is_none() && self.round != round);
         self.round = round;
-        self.send_now(bytes, now)
+        goes
+    }
+
+    /// Where so many bytes are to be queued, a WebSocket header before them.
+    fn queue(&mut self, bytes: usize, now: Tick) -> &mut Outbound {
+        let out =
+            self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
+        if self.websocket.is_some() {
+            let (header, len) = websocket::header(bytes);
+            out.push(&header[..len]);
+        }
+        out
     }
 
     fn send_now(&mut self, bytes: &[u8], now: Tick) -> io::Result<Sent> {
+        if self.is_deaf {
+            return Ok(Sent::All);
+        }
         let (header, len) =
             if self.websocket.is_some() { websocket::header(bytes.len()) } else { ([0; 10], 0) };
         let written = write_slices(self.stream.as_raw_fd(), &[&header[..len], bytes])?;
