@@ -7,6 +7,11 @@ use carillon_proto::{now_ms, topic, v1};
 
 const INBOX: &str = "demo/u/busy";
 
+/// A session of the inbox's user that is not kept.
+fn busy() -> Option<v1::SessionRef> {
+    Some(v1::SessionRef { app: "demo".to_owned(), user: "busy".to_owned(), client_id: "c".to_owned() })
+}
+
 fn open(path: &Path) -> (Embedded, Metrics) {
     let metrics = Metrics::register(&prometheus::Registry::new()).expect("metrics");
     let limits = Limits { reserve_bytes: 0, ..Limits::default() };
@@ -52,7 +57,7 @@ async fn a_long_log_is_deleted_in_parts() {
     fill(&store, INBOX, 1..=25_000, consumed).await;
     assert_eq!(metrics.log_messages.get(), 25_000);
     let positions = vec![v1::AckPosition { topic: INBOX.to_owned(), seq: 24_999 }];
-    store.ack(v1::Ack { session: None, attachment: 0, positions }).await.expect("acked");
+    store.ack(v1::Ack { session: busy(), attachment: 0, positions }).await.expect("acked");
     // No longer readable at once, though most of it is there still.
     assert_eq!(readable(&store, INBOX).await, [25_000]);
     store.sweep(now_ms()).await.expect("a sweep");
@@ -116,7 +121,7 @@ async fn an_inbox_that_is_consumed_stays_small() {
         for seq in round * 100 + 1..=round * 100 + 100 {
             fill(&store, INBOX, seq..=seq, consumed).await;
             let positions = vec![v1::AckPosition { topic: INBOX.to_owned(), seq }];
-            store.ack(v1::Ack { session: None, attachment: 0, positions }).await.expect("acked");
+            store.ack(v1::Ack { session: busy(), attachment: 0, positions }).await.expect("acked");
         }
         store.stop().await;
         drop(store);

@@ -22,6 +22,7 @@ const FILTERS: [&str; 8] = [
     "demo/short",
 ];
 const CLIENTS: usize = 3;
+const USERS: [&str; CLIENTS] = ["alice", "bob", "bob"];
 /// `demo/short` keeps so many.
 const SHORT: usize = 4;
 
@@ -138,6 +139,14 @@ impl Model {
         if !is_inbox(TOPICS[at]) {
             return;
         }
+        // Somebody else who reads an inbox does not empty it.
+        let is_own = |(client, session): (usize, &Option<Client>)| {
+            let filters = session.iter().flat_map(|session| &session.filters);
+            owns(client, at) && filters.into_iter().any(|&held| topic::matches(FILTERS[held], TOPICS[at]))
+        };
+        if acked.is_none() && !self.clients.iter().enumerate().any(is_own) {
+            return;
+        }
         let cursors = self.clients.iter().flatten().filter_map(|client| client.cursors.get(&at)).copied();
         if let Some(least) = cursors.chain(acked).min() {
             let log = &mut self.logs[at];
@@ -184,18 +193,21 @@ impl Model {
         }
     }
 
-    fn ack(&mut self, client: Option<usize>, at: usize, seq: u64) {
+    fn ack(&mut self, client: usize, kept: bool, at: usize, seq: u64) {
         let mut acked = seq.min(self.logs[at].head());
         if !self.logs[at].exists {
             return;
         }
-        if let Some(session) = client.and_then(|client| self.clients[client].as_mut())
+        if kept
+            && let Some(session) = self.clients[client].as_mut()
             && let Some(cursor) = session.cursors.get_mut(&at)
         {
             *cursor = acked.max(*cursor);
             acked = *cursor;
         }
-        self.consume(at, Some(acked));
+        if kept || owns(client, at) {
+            self.consume(at, owns(client, at).then_some(acked));
+        }
     }
 
     fn backlog(&self, client: usize) -> Vec<(String, u64, u64)> {
@@ -218,7 +230,13 @@ fn open(path: &Path) -> Embedded {
 }
 
 fn session(client: usize) -> Option<v1::SessionRef> {
-    Some(v1::SessionRef { app: "demo".to_owned(), user: "u".to_owned(), client_id: format!("c{client}") })
+    let user = USERS[client].to_owned();
+    Some(v1::SessionRef { app: "demo".to_owned(), user, client_id: format!("c{client}") })
+}
+
+/// Is this topic the inbox of the client's user?
+fn owns(client: usize, at: usize) -> bool {
+    TOPICS[at] == format!("demo/u/{}", USERS[client])
 }
 
 fn append(name: &str, seq: u64) -> v1::Append {
@@ -344,7 +362,7 @@ async fn run(steps: Vec<Step>) {
                 };
                 let positions = vec![v1::AckPosition { topic: TOPICS[topic].to_owned(), seq }];
                 store.ack(v1::Ack { session: session(client), attachment, positions }).await.expect("acked");
-                model.ack((attachment != 0).then_some(client), topic, seq);
+                model.ack(client, attachment != 0, topic, seq);
             }
             Step::Close { client, forget } => {
                 let Some(kept) = &model.clients[client] else { continue };
