@@ -171,6 +171,13 @@ impl Link {
         if self.inner.registries.read().is_empty() {
             reasons.push("no registry is known".to_owned());
         }
+        let gateways = self.inner.agent.instances(Role::Gateway);
+        let is_found = gateways.borrow().iter().any(|gateway| {
+            gateway.id == self.inner.instance && gateway.incarnation == self.inner.incarnation
+        });
+        if !is_found {
+            reasons.push("this gateway is not in discovery yet".to_owned());
+        }
         reasons
     }
 
