@@ -186,18 +186,16 @@ async fn a_kept_session_gets_what_it_missed_in_order() {
         for text in ["one", "two", "three"] {
             publish(&server, version, &["-t", &topic, "-q", "1", "-m", text]).await;
         }
-        let back = [session.as_slice(), &["-C", "3", "-F", "%p"]].concat();
-        let missed =
-            succeed(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
-        assert_eq!(missed.lines().collect::<Vec<_>>(), ["one", "two", "three"], "v{version}");
-        // It was acknowledged. The client closes the connection right behind its acknowledgements, so the last ones may be
-        // lost with it and come once more; but nothing is missing and nothing out of order.
-        publish(&server, version, &["-t", &topic, "-q", "1", "-m", "four"]).await;
+        // Not `-C 3`: that client closes its socket right behind its PUBACKs. If the SUBACK is unread then, or an earlier
+        // PUBACK not yet confirmed by TCP (Nagle's algorithm), its own kernel drops what it has not sent, and resets.
         let back = [session.as_slice(), &["-W", "2", "-F", "%p"]].concat();
-        let output = run(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
-        let got = String::from_utf8_lossy(&output.stdout).into_owned();
-        let got: Vec<&str> = got.lines().collect();
-        assert!(["one", "two", "three", "four"].ends_with(&got) && !got.is_empty(), "v{version}: {got:?}");
+        for expected in [["one", "two", "three"].as_slice(), &["four"]] {
+            let output =
+                run(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
+            let got = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert_eq!(got.lines().collect::<Vec<_>>(), expected, "v{version}");
+            publish(&server, version, &["-t", &topic, "-q", "1", "-m", "four"]).await;
+        }
     }
 }
 
