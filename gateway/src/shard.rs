@@ -3,11 +3,16 @@
 //! A round: sockets that are ready are read and handled, then what came from outside (deliveries, answers), then
 //! deadlines, and last what was queued for sockets goes out. Nothing in here waits for anything but epoll.
 
+mod accept;
+mod acks;
 mod broadcast;
+mod catch_up;
 mod close;
 mod conn;
 mod connect;
+mod deadlines;
 mod deliver;
+mod flush;
 mod outbound;
 mod publish;
 mod read;
@@ -19,11 +24,10 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use carillon_proto::v1;
 use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token};
 use slab::Slab;
@@ -35,7 +39,7 @@ use crate::event::{self, ConnId, Event, Inbox, ShardHandle};
 use crate::link::Link;
 use crate::metrics::{AppCounts, AppTotals, Counts, Metrics};
 use conn::{Conn, conn_id};
-use timers::{Entry, TICK, Tick, Timers, ticks};
+use timers::{TICK, Tick, Timers};
 use topics::Topics;
 
 /// Tokens of listeners and of the bell are above those of connections.
@@ -234,54 +238,6 @@ impl Shard {
         }
     }
 
-    fn accept(&mut self, present: Instant) {
-        if self.accept_paused_until.is_some_and(|until| present < until) {
-            return;
-        }
-        self.accept_paused_until = None;
-        for listener in std::mem::take(&mut self.accept_again) {
-            for accepted in 0.. {
-                if accepted == ACCEPT_BUDGET {
-                    self.accept_again.push(listener);
-                    break;
-                }
-                let (socket, is_websocket) = &self.listeners[listener];
-                match socket.accept() {
-                    Ok((stream, _)) => {
-                        let is_websocket = *is_websocket;
-                        if let Err(error) = self.accepted(stream, is_websocket) {
-                            tracing::debug!(%error, "connection could not be set up");
-                        }
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    // The connection went before it was accepted; the next one may be fine.
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept connections, pausing");
-                        self.accept_paused_until = Some(present + Duration::from_millis(100));
-                        self.accept_again.push(listener);
-                        break;
-                    }
-                }
-            }
-        }
-    }
-
-    fn accepted(&mut self, mut stream: mio::net::TcpStream, is_websocket: bool) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        self.next_generation = self.next_generation.wrapping_add(1);
-        let generation = self.next_generation;
-        let entry = self.conns.vacant_entry();
-        let index = entry.key();
-        // Both at once, edge-triggered: an idle socket costs no further call for either.
-        self.poll.registry().register(&mut stream, Token(index), Interest::READABLE | Interest::WRITABLE)?;
-        entry.insert(Conn::new(stream, generation, is_websocket, self.now));
-        self.shared.connections.fetch_add(1, Ordering::Relaxed);
-        let deadline = self.now + ticks(Duration::from_millis(self.config.connect_timeout_ms.into()));
-        self.timers.add(deadline, Entry { index: index as u32, generation, once: true });
-        Ok(())
-    }
-
     fn handle(&mut self, event: Event) {
         match event {
             Event::Deliver(delivery) => self.deliver(&delivery),
@@ -311,59 +267,6 @@ impl Shard {
 
     fn id(&self, index: u32) -> ConnId {
         conn_id(self.index, index, self.conns[index as usize].generation)
-    }
-
-    /// Looks at a connection's deadlines.
-    fn look_at(&mut self, entry: Entry) {
-        let Some(conn) = self.conns.get_mut(entry.index as usize) else { return };
-        if conn.generation != entry.generation {
-            return;
-        }
-        if entry.once && conn.out.is_none() {
-            conn.is_watched = false;
-        }
-        let now = self.now;
-        let connect_deadline =
-            conn.accepted + ticks(Duration::from_millis(self.config.connect_timeout_ms.into()));
-        let mut next = None;
-        let mut soonest = |deadline: Tick, extra: bool| {
-            if extra == entry.once {
-                next = Some(next.map_or(deadline, |next: Tick| next.min(deadline)));
-            }
-        };
-        if conn.session.is_none() {
-            if now >= connect_deadline {
-                return self.close(entry.index, close::Reason::ConnectTimeout);
-            }
-            soonest(connect_deadline, true);
-        }
-        if conn.keep_alive > 0 {
-            // One and a half times the keep-alive (MQTT 5.0 §3.1.2.10).
-            let deadline = conn.last_read + ticks(Duration::from_millis(u64::from(conn.keep_alive) * 1500));
-            if now >= deadline && !conn.is_paused {
-                return self.close(entry.index, close::Reason::KeepAliveTimeout);
-            }
-            soonest(deadline.max(now + 10), false);
-        }
-        if let Some(out) = &conn.out {
-            let deadline = out.progressed + ticks(Duration::from_millis(self.config.write_timeout_ms.into()));
-            if now >= deadline {
-                return self.close(entry.index, close::Reason::WriteTimeout);
-            }
-            soonest(deadline, true);
-        }
-        if let Some(session) = &conn.session
-            && session.expires != 0
-        {
-            let left_ms = session.expires.saturating_mul(1000).saturating_sub(self.now_ms);
-            if left_ms == 0 {
-                return self.close(entry.index, close::Reason::TokenExpired);
-            }
-            soonest(now.saturating_add(ticks(Duration::from_millis(left_ms))), false);
-        }
-        if let Some(next) = next {
-            self.timers.add(next, entry);
-        }
     }
 
     fn each_second(&mut self) {
@@ -404,120 +307,6 @@ impl Shard {
                 self.send_acks(session, Vec::new());
             }
         }
-    }
-
-    /// Remembers that a connection has something queued that is to go out at the end of the round.
-    fn note_queued(&mut self, index: u32) {
-        let conn = &mut self.conns[index as usize];
-        if conn.is_dirty {
-            return;
-        }
-        conn.is_dirty = true;
-        self.dirty.push(index);
-    }
-
-    fn flush_dirty(&mut self) {
-        // A socket that took all that was queued may have room for what is behind, which is queued in turn.
-        for _ in 0..FLUSH_TURNS {
-            for index in std::mem::take(&mut self.dirty) {
-                let Some(conn) = self.conns.get_mut(index as usize) else { continue };
-                if !conn.is_dirty {
-                    continue;
-                }
-                conn.is_dirty = false;
-                if conn.out.as_ref().is_none_or(|out| out.is_blocked) {
-                    continue;
-                }
-                self.flush(index);
-                let conn = &self.conns[index as usize];
-                let waits = conn.session.as_ref().is_some_and(|s| s.behind.is_some() || s.waiting.is_some());
-                if waits && conn.out.is_none() && !conn.is_doomed {
-                    self.pump(index);
-                }
-            }
-            if self.dirty.is_empty() {
-                break;
-            }
-        }
-    }
-
-    fn flush(&mut self, index: u32) {
-        let now = self.now;
-        let conn = &mut self.conns[index as usize];
-        match conn.flush(now) {
-            Ok(outbound::Sent::All) => {}
-            Ok(outbound::Sent::Queued) => self.watch_write(index),
-            Err(_) => self.doom(index),
-        }
-    }
-
-    /// The socket is full: look whether it has moved when the write timeout is over.
-    fn watch_write(&mut self, index: u32) {
-        let conn = &mut self.conns[index as usize];
-        if std::mem::replace(&mut conn.is_watched, true) {
-            return;
-        }
-        let generation = conn.generation;
-        let deadline = self.now + ticks(Duration::from_millis(self.config.write_timeout_ms.into()));
-        self.timers.add(deadline, Entry { index, generation, once: true });
-    }
-
-    /// To be closed at the end of the round: closing in the middle of a fan-out would change the list being walked.
-    fn doom(&mut self, index: u32) {
-        let conn = &mut self.conns[index as usize];
-        if !conn.is_doomed {
-            conn.is_doomed = true;
-            self.doomed.push(index);
-        }
-    }
-
-    fn bury(&mut self) {
-        while let Some(index) = self.doomed.pop() {
-            let Some(conn) = self.conns.get_mut(index as usize).filter(|conn| conn.is_doomed) else {
-                continue;
-            };
-            // It takes nothing any more, but what it has sent (acks, a DISCONNECT) is still to be heard.
-            (conn.is_doomed, conn.is_deaf, conn.readable) = (false, true, true);
-            conn.out = None;
-            let generation = conn.generation;
-            self.resume(index);
-            if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation) {
-                self.close(index, close::Reason::Network);
-            }
-        }
-    }
-
-    fn writable(&mut self, index: u32) {
-        let Some(conn) = self.conns.get_mut(index as usize) else { return };
-        let Some(out) = &mut conn.out else { return };
-        out.is_blocked = false;
-        self.flush(index);
-        let Some(conn) = self.conns.get(index as usize) else { return };
-        if !conn.is_doomed && conn.out.is_none() {
-            self.pump(index);
-        }
-    }
-
-    fn flush_acks(&mut self) {
-        for (index, positions) in std::mem::take(&mut self.acks) {
-            if let Some(conn) = self.conns.get(index as usize)
-                && let Some(session) = &conn.session
-            {
-                self.send_acks(session, positions);
-            }
-        }
-    }
-
-    fn send_acks(&self, session: &conn::Session, positions: Vec<(Arc<str>, u64)>) {
-        let positions = positions
-            .into_iter()
-            .map(|(topic, seq)| v1::AckPosition { topic: topic.to_string(), seq })
-            .collect();
-        self.link.ack(v1::Ack {
-            session: Some(session.session_ref()),
-            attachment: session.attachment.unwrap_or(0),
-            positions,
-        });
     }
 
     fn stop(mut self, done: oneshot::Sender<()>) {
