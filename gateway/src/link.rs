@@ -6,6 +6,7 @@
 mod attach;
 mod publish;
 mod saver;
+mod subscribe;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,10 +29,11 @@ use crate::routes::{Routes, ShardSet};
 use crate::sessions::Sessions;
 
 pub use attach::SlotAnnouncement;
-pub use saver::{SaverFailure, Wanted};
+pub use saver::SaverFailure;
+pub use subscribe::{Begun, Underway, Wanted};
 
 /// How long a SUBSCRIBE waits for the topics' owners, and a publish for being accepted.
-const OWNER_WAIT: Duration = Duration::from_secs(10);
+pub const OWNER_WAIT: Duration = Duration::from_secs(10);
 /// Changes waiting for one registry before its stream is given up and begun anew.
 const ATTACH_QUEUE: usize = 1 << 20;
 

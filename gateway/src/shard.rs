@@ -20,7 +20,7 @@ mod subscribe;
 mod timers;
 mod topics;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ use tokio::sync::oneshot;
 use crate::auth::Apps;
 use crate::config::GatewayConfig;
 use crate::event::{self, ConnId, Event, Inbox, ShardHandle};
-use crate::link::Link;
+use crate::link::{Link, Underway};
 use crate::metrics::{AppCounts, AppTotals, Counts, Metrics};
 use conn::{Conn, conn_id};
 use timers::{TICK, Tick, Timers};
@@ -102,6 +102,8 @@ pub struct Shard {
     dirty: Vec<u32>,
     /// Connections whose reading of the log failed.
     retry: Vec<(u32, u32)>,
+    /// SUBSCRIBEs that wait for routes, and until when.
+    awaiting_routes: VecDeque<(Tick, Arc<Underway>)>,
     jobs: Vec<broadcast::Job>,
     buffer: Vec<u8>,
     scratch: Vec<u8>,
@@ -151,6 +153,7 @@ impl Shard {
             doomed: Vec::new(),
             dirty: Vec::new(),
             retry: Vec::new(),
+            awaiting_routes: VecDeque::new(),
             jobs: Vec::new(),
             buffer: vec![0; READ_BUFFER_BYTES],
             scratch: Vec::new(),
@@ -275,6 +278,7 @@ impl Shard {
         for (app, counts) in &mut self.apps {
             self.shared.totals.add(app, std::mem::take(counts));
         }
+        self.time_out_routes();
         for (index, generation) in std::mem::take(&mut self.retry) {
             if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation) {
                 self.retry_behind(index);

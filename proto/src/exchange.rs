@@ -131,11 +131,22 @@ impl Default for Options {
     }
 }
 
+/// What is done with an answer. Called once; dropped uncalled only when the runtime ends.
+type Answer<R> = Box<dyn FnOnce(Result<R, CallError>) + Send>;
+
 struct Call<P: Protocol> {
     request: P::Request,
     // None: nobody waits for the answer.
-    reply: Option<oneshot::Sender<Result<P::Reply, CallError>>>,
+    answer: Option<Answer<P::Reply>>,
     deadline: Instant,
+}
+
+impl<P: Protocol> Call<P> {
+    fn fail(self, error: impl FnOnce() -> CallError) {
+        if let Some(answer) = self.answer {
+            answer(Err(error()));
+        }
+    }
 }
 
 /// A handle; clones share the stream. The stream ends when the last handle is dropped.
@@ -168,12 +179,9 @@ impl<P: Protocol> Exchange<P> {
     ) -> impl Future<Output = Result<P::Reply, CallError>> + Send + use<P> {
         let (reply, answer) = oneshot::channel();
         let deadline = Instant::now() + self.timeout;
-        let queued = self.calls.try_send(Call { request, reply: Some(reply), deadline });
+        self.call_then(request, move |result| drop(reply.send(result)));
         let target = self.target.clone();
         async move {
-            if queued.is_err() {
-                return Err(CallError::Overloaded(target));
-            }
             match tokio::time::timeout_at(deadline, answer).await {
                 Ok(Ok(result)) => result,
                 Ok(Err(_)) => Err(CallError::Disconnected(target)),
@@ -182,10 +190,24 @@ impl<P: Protocol> Exchange<P> {
         }
     }
 
+    /// As [`call`](Self::call), without a future: `answer` is called with the result, from the stream's task or at once,
+    /// and must not block. No answer is noticed up to a second late.
+    pub fn call_then(
+        &self,
+        request: P::Request,
+        answer: impl FnOnce(Result<P::Reply, CallError>) + Send + 'static,
+    ) {
+        let deadline = Instant::now() + self.timeout;
+        let call = Call { request, answer: Some(Box::new(answer)), deadline };
+        if let Err(error) = self.calls.try_send(call) {
+            error.into_inner().fail(|| CallError::Overloaded(self.target.clone()));
+        }
+    }
+
     /// Queues a request whose answer nobody needs; in order with the calls of this handle.
     pub fn send(&self, request: P::Request) -> Result<(), CallError> {
         let deadline = Instant::now() + self.timeout;
-        let call = Call { request, reply: None, deadline };
+        let call = Call { request, answer: None, deadline };
         self.calls.try_send(call).map_err(|_| CallError::Overloaded(self.target.clone()))
     }
 }
@@ -198,18 +220,27 @@ async fn run<P: Protocol>(
 ) {
     let mut next_correlation = 1_u64;
     let mut backoff = Duration::from_millis(20);
-    // One round a connection. Between two of them, calls wait in the queue until their deadline.
+    // Taken from the callers and not sent yet, in their order.
+    let mut queued: VecDeque<Call<P>> = VecDeque::new();
+    // One round a connection.
     loop {
         let (batches, outbound) = mpsc::channel(64);
         let opened = async {
             let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
             P::open(channel, ReceiverStream::new(outbound)).await.map_err(|status| status.to_string())
         };
-        match opened.await {
+        match meanwhile(&mut calls, &mut queued, &options, &target, opened).await {
             Ok(inbound) => {
                 backoff = Duration::from_millis(20);
-                let ended =
-                    converse::<P>(&mut calls, batches, inbound, &mut next_correlation, &options, &target);
+                let ended = converse::<P>(
+                    &mut calls,
+                    &mut queued,
+                    batches,
+                    inbound,
+                    &mut next_correlation,
+                    &options,
+                    &target,
+                );
                 if ended.await {
                     return;
                 }
@@ -223,15 +254,56 @@ async fn run<P: Protocol>(
         if calls.is_closed() {
             // Nobody wants the target any more, and it does not answer.
             while let Ok(call) = calls.try_recv() {
-                if let Some(reply) = call.reply {
-                    let _ = reply.send(Err(CallError::Disconnected(target.clone())));
-                }
+                queued.push_back(call);
+            }
+            for call in queued {
+                call.fail(|| CallError::Disconnected(target.clone()));
             }
             return;
         }
-        tokio::time::sleep(backoff.mul_f64(0.5 + f64::from(jitter()) / 65536.0)).await;
+        let pause = tokio::time::sleep(backoff.mul_f64(0.5 + f64::from(jitter()) / 65536.0));
+        meanwhile(&mut calls, &mut queued, &options, &target, pause).await;
     }
 }
+
+/// Waits for something; calls wait in the queue meanwhile, no longer than until their deadline.
+async fn meanwhile<P: Protocol, T>(
+    calls: &mut mpsc::Receiver<Call<P>>,
+    queued: &mut VecDeque<Call<P>>,
+    options: &Options,
+    target: &str,
+    something: impl Future<Output = T>,
+) -> T {
+    tokio::pin!(something);
+    let mut sweep = tokio::time::interval(SWEEP);
+    let mut taken = Vec::new();
+    loop {
+        tokio::select! {
+            done = &mut something => return done,
+            count = calls.recv_many(&mut taken, options.batch), if queued.len() < options.queue => {
+                if count == 0 {
+                    // No handle is left: whoever has called gets what is still to come.
+                    return something.await;
+                }
+                queued.extend(taken.drain(..));
+            }
+            _ = sweep.tick() => expire(queued, target),
+        }
+    }
+}
+
+/// Deadlines are in the order of the calls.
+fn expire<P: Protocol>(queued: &mut VecDeque<Call<P>>, target: &str) {
+    let now = Instant::now();
+    while queued.front().is_some_and(|call| call.deadline <= now) {
+        if let Some(call) = queued.pop_front() {
+            call.fail(|| CallError::TimedOut(target.to_owned()));
+        }
+    }
+}
+
+/// How often it is looked for calls whose time is over.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// Bytes of requests in one batch, far below what a gRPC message may have; one that is larger goes alone.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
@@ -256,24 +328,45 @@ fn jitter() -> u16 {
 /// Speaks on one connection until it ends. True when no handle is left.
 async fn converse<P: Protocol>(
     calls: &mut mpsc::Receiver<Call<P>>,
+    queued: &mut VecDeque<Call<P>>,
     batches: mpsc::Sender<P::RequestBatch>,
     mut inbound: Streaming<P::ReplyBatch>,
     next_correlation: &mut u64,
     options: &Options,
     target: &str,
 ) -> bool {
-    type Waiting<R> = (oneshot::Sender<Result<R, CallError>>, Instant);
-    let mut waiting: HashMap<u64, Waiting<P::Reply>> = HashMap::new();
+    let mut waiting: HashMap<u64, (Answer<P::Reply>, Instant)> = HashMap::new();
     let mut taken = Vec::with_capacity(options.batch);
     // The next batch, until the stream has room for it; answers are read meanwhile.
     let mut outgoing = VecDeque::new();
-    let mut sweep = tokio::time::interval(Duration::from_secs(1));
+    let mut sweep = tokio::time::interval(SWEEP);
     let all_gone = loop {
+        // What waited for the connection goes first.
+        if outgoing.is_empty() && taken.is_empty() && !queued.is_empty() && waiting.len() < options.in_flight
+        {
+            taken.extend(queued.drain(..queued.len().min(options.batch)));
+        }
+        let now = Instant::now();
+        for call in taken.drain(..) {
+            // Whoever has given up by now must not have it carried out later.
+            if call.deadline <= now {
+                call.fail(|| CallError::TimedOut(target.to_owned()));
+                continue;
+            }
+            let Call { mut request, answer, deadline } = call;
+            let correlation = *next_correlation;
+            *next_correlation += 1;
+            P::set_correlation(&mut request, correlation);
+            if let Some(answer) = answer {
+                waiting.insert(correlation, (answer, deadline));
+            }
+            outgoing.push_back(request);
+        }
         tokio::select! {
             received = inbound.message() => match received {
                 Ok(Some(batch)) => for reply in P::unbatch(batch) {
-                    if let Some((waiter, _)) = waiting.remove(&P::correlation(&reply)) {
-                        let _ = waiter.send(Ok(reply));
+                    if let Some((answer, _)) = waiting.remove(&P::correlation(&reply)) {
+                        answer(Ok(reply));
                     }
                 },
                 Ok(None) => break false,
@@ -287,34 +380,30 @@ async fn converse<P: Protocol>(
                 Err(_) => break false,
             },
             count = calls.recv_many(&mut taken, options.batch),
-                if outgoing.is_empty() && waiting.len() < options.in_flight =>
+                if outgoing.is_empty() && queued.is_empty() && waiting.len() < options.in_flight =>
             {
                 if count == 0 {
                     break true;
                 }
-                let now = Instant::now();
-                for mut call in taken.drain(..) {
-                    // Whoever has given up by now must not have it carried out later.
-                    if call.deadline <= now || call.reply.as_ref().is_some_and(oneshot::Sender::is_closed) {
-                        continue;
-                    }
-                    let correlation = *next_correlation;
-                    *next_correlation += 1;
-                    P::set_correlation(&mut call.request, correlation);
-                    if let Some(reply) = call.reply {
-                        waiting.insert(correlation, (reply, call.deadline));
-                    }
-                    outgoing.push_back(call.request);
-                }
             },
             _ = sweep.tick() => {
+                expire(queued, target);
                 let now = Instant::now();
-                waiting.retain(|_, (_, deadline)| *deadline > now);
+                let late: Vec<u64> = waiting
+                    .iter()
+                    .filter(|(_, (_, deadline))| *deadline <= now)
+                    .map(|(&correlation, _)| correlation)
+                    .collect();
+                for correlation in late {
+                    if let Some((answer, _)) = waiting.remove(&correlation) {
+                        answer(Err(CallError::TimedOut(target.to_owned())));
+                    }
+                }
             },
         }
     };
-    for (_, (waiter, _)) in waiting {
-        let _ = waiter.send(Err(CallError::Disconnected(target.to_owned())));
+    for (_, (answer, _)) in waiting {
+        answer(Err(CallError::Disconnected(target.to_owned())));
     }
     all_gone
 }

@@ -295,6 +295,7 @@ impl Stream {
     fn announced(&mut self, inner: &Arc<Inner>, registry: &Arc<str>, announced: &v1::Announced) {
         let Some(filters) = self.asked.remove(&announced.request) else { return };
         let refused: HashSet<u32> = announced.not_owner.iter().copied().collect();
+        let retained: HashSet<u32> = announced.retained.iter().copied().collect();
         let registries = inner.registry_names();
         for (i, Asked { filter, present }) in filters.iter().enumerate() {
             // The answer to "absent" says nothing about a subscriber that has come since: that one was announced anew.
@@ -309,13 +310,13 @@ impl Stream {
                 continue;
             }
             if topic::is_wildcard(filter) {
-                inner.routes.wild_in_force(filter, registry, &registries);
+                inner.routes.wild_in_force(filter, registry, &registries).tell();
                 continue;
             }
             let head = announced.heads.get(i).copied().unwrap_or(0);
-            if let Some(shards) = inner.routes.in_force(filter, head) {
-                inner.post(shards, || Event::Behind { topic: filter.clone(), head });
-            }
+            let in_force = inner.routes.in_force(filter, head, retained.contains(&(i as u32)));
+            inner.post(in_force.missed, || Event::Behind { topic: filter.clone(), head });
+            in_force.tell();
         }
     }
 }
@@ -327,7 +328,7 @@ fn deliver(inner: &Arc<Inner>, registry: &Arc<str>, deliver: v1::Deliver) {
             inner.metrics.stale_epoch.inc();
             continue;
         }
-        let shards = inner.routes.shards_for(&message.topic, message.stored.then_some(message.seq));
+        let shards = inner.routes.shards_for(&message);
         if deliver.broadcast.is_empty() {
             if shards != 0 {
                 let delivery = Arc::new(Delivery::new(message));

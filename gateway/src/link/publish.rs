@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use carillon_proto::exchange::CallError;
 use carillon_proto::v1::{self, PublishCode};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::{Link, OWNER_WAIT};
@@ -17,32 +18,31 @@ pub const NOT_AUTHORIZED: u8 = 0x87;
 pub const QUOTA_EXCEEDED: u8 = 0x97;
 
 impl Link {
-    /// Forwards a message; `done` is called once, from another thread, when it was accepted or refused or nobody
-    /// answered in time. Publishes of one thread to one topic are sequenced in the order of these calls.
+    /// Forwards a message; `done` is called once, from any thread, when it was accepted or refused or nobody answered in
+    /// time. Publishes of one thread to one topic are sequenced in the order of these calls.
     pub fn publish(&self, message: v1::Message, done: impl FnOnce(PublishOutcome) + Send + 'static) {
+        let deadline = Instant::now() + OWNER_WAIT;
+        let again = message.clone();
+        let link = self.clone();
+        let settle = move |answer: Result<v1::Published, CallError>| match outcome(answer) {
+            Some(reason) => done(PublishOutcome { reason }),
+            // A task only for what needs another try.
+            None => link.retry(again, deadline, done),
+        };
         // The first try is queued here and now: order is the order of calls.
-        let first = self.forward(&message);
+        self.forward(message, settle);
+    }
+
+    fn retry(
+        &self,
+        message: v1::Message,
+        deadline: Instant,
+        done: impl FnOnce(PublishOutcome) + Send + 'static,
+    ) {
         let link = self.clone();
         self.inner.runtime.spawn(async move {
-            let deadline = Instant::now() + OWNER_WAIT;
-            let mut attempt = first;
             let mut backoff = Duration::from_millis(10);
-            let outcome = loop {
-                let answer = match attempt {
-                    Some(call) => call.await,
-                    None => Err(CallError::Disconnected("the topic's owner".to_owned())),
-                };
-                match answer {
-                    Ok(reply) => match reply.code() {
-                        PublishCode::Accepted if reply.has_route => break SUCCESS,
-                        PublishCode::Accepted => break NO_MATCHING_SUBSCRIBERS,
-                        PublishCode::Refused => break NOT_AUTHORIZED,
-                        PublishCode::Overloaded => break QUOTA_EXCEEDED,
-                        PublishCode::NotOwner | PublishCode::StoreUnavailable | PublishCode::Unspecified => {}
-                    },
-                    Err(CallError::Overloaded(_)) => break QUOTA_EXCEEDED,
-                    Err(CallError::Disconnected(_) | CallError::TimedOut(_)) => {}
-                }
+            let reason = loop {
                 if Instant::now() + backoff >= deadline {
                     break UNSPECIFIED_ERROR;
                 }
@@ -50,24 +50,51 @@ impl Link {
                 backoff = (backoff * 2).min(Duration::from_millis(500));
                 // It may have been accepted although we have not heard so; then it is published twice, with one id. That is
                 // what QoS 1 promises, and cheaper than a look-up for each message.
-                attempt = link.forward(&message);
+                let (answered, answer) = oneshot::channel();
+                link.forward(message.clone(), move |result| drop(answered.send(result)));
+                if let Ok(answer) = answer.await
+                    && let Some(reason) = outcome(answer)
+                {
+                    break reason;
+                }
             };
-            done(PublishOutcome { reason: outcome });
+            done(PublishOutcome { reason });
         });
     }
 
     fn forward(
         &self,
-        message: &v1::Message,
-    ) -> Option<impl Future<Output = Result<v1::Published, CallError>> + Send + use<>> {
-        let owner = self.inner.owner(&message.topic)?;
+        message: v1::Message,
+        answer: impl FnOnce(Result<v1::Published, CallError>) + Send + 'static,
+    ) {
+        let owner = self.inner.owner(&message.topic);
         let registries = self.inner.registries.read();
-        let request = v1::PublishRequest {
-            correlation: 0,
-            message: Some(message.clone()),
-            store: None,
-            idempotent: false,
-        };
-        Some(registries.get(&owner)?.publish.call(request))
+        match owner.and_then(|owner| registries.get(&owner)) {
+            Some(registry) => {
+                let request = v1::PublishRequest {
+                    correlation: 0,
+                    message: Some(message),
+                    store: None,
+                    idempotent: false,
+                };
+                registry.publish.call_then(request, answer);
+            }
+            None => answer(Err(CallError::Disconnected("the topic's owner".to_owned()))),
+        }
+    }
+}
+
+/// What the device is told; None: it is worth another try.
+fn outcome(answer: Result<v1::Published, CallError>) -> Option<u8> {
+    match answer {
+        Ok(reply) => match reply.code() {
+            PublishCode::Accepted if reply.has_route => Some(SUCCESS),
+            PublishCode::Accepted => Some(NO_MATCHING_SUBSCRIBERS),
+            PublishCode::Refused => Some(NOT_AUTHORIZED),
+            PublishCode::Overloaded => Some(QUOTA_EXCEEDED),
+            PublishCode::NotOwner | PublishCode::StoreUnavailable | PublishCode::Unspecified => None,
+        },
+        Err(CallError::Overloaded(_)) => Some(QUOTA_EXCEEDED),
+        Err(CallError::Disconnected(_) | CallError::TimedOut(_)) => None,
     }
 }

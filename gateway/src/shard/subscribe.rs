@@ -1,15 +1,18 @@
 //! SUBSCRIBE and UNSUBSCRIBE. While one is under way nothing more is read from the connection, so that packets take
 //! effect in the order they were sent.
 
+use std::sync::Arc;
+
 use carillon_proto::{topic, v1};
 
 use super::Shard;
 use super::conn::{Conn, PendingEntry, PendingSubscribe};
+use super::timers::ticks;
 use super::topics::{Sub, SubOptions, SubRef, TopicId};
 use crate::auth;
 use crate::codec::{self, RetainHandling, Subscribe, SubscribeOptions, Unsubscribe, reason};
 use crate::event::{ConnId, Granted};
-use crate::link::Wanted;
+use crate::link::{Begun, OWNER_WAIT, Underway, Wanted};
 
 /// Says why a filter is refused; 3.1.1 devices get 0x80 for all.
 struct Refused(u8);
@@ -100,7 +103,6 @@ impl Shard {
     ) -> PendingEntry {
         let existed = self.subscription(&self.conns[index as usize], full).is_some();
         let (topic, name) = self.topics.hold(full);
-        let joined = self.link.join(&name, self.index);
         let subscription = v1::Subscription {
             filter: full.to_owned(),
             qos: options.qos.into(),
@@ -109,7 +111,7 @@ impl Shard {
             identifier,
             relative: options.relative,
         };
-        wanted.push(Wanted { filter: name, subscription, joined, retain_handling, existed });
+        wanted.push(Wanted { filter: name, subscription, retain_handling, existed });
         PendingEntry::Wanted { topic, options, identifier }
     }
 
@@ -123,8 +125,35 @@ impl Shard {
         if wanted.is_empty() {
             self.subscribed(id, packet_id, Vec::new());
         } else {
-            conn.is_paused = true;
-            self.link.subscribe(id, packet_id, kept, wanted);
+            match self.link.subscribe(id, packet_id, kept, wanted) {
+                Begun::Done(outcomes) => self.subscribed(id, packet_id, outcomes),
+                Begun::Underway(underway) => {
+                    conn.is_paused = true;
+                    if let Some(underway) = underway {
+                        self.await_routes(underway);
+                    }
+                }
+            }
+        }
+    }
+
+    fn await_routes(&mut self, underway: Arc<Underway>) {
+        let deadline = self.now + ticks(OWNER_WAIT);
+        self.awaiting_routes.push_back((deadline, underway));
+    }
+
+    /// SUBSCRIBEs that have waited for their routes long enough go on without them.
+    pub(super) fn time_out_routes(&mut self) {
+        while let Some((deadline, _)) = self.awaiting_routes.front()
+            && *deadline <= self.now
+        {
+            if let Some((_, underway)) = self.awaiting_routes.pop_front() {
+                underway.time_out();
+            }
+        }
+        // What has gone on meanwhile is nobody's but ours.
+        while self.awaiting_routes.front().is_some_and(|(_, underway)| Arc::strong_count(underway) == 1) {
+            self.awaiting_routes.pop_front();
         }
     }
 

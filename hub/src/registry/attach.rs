@@ -145,7 +145,7 @@ pub struct Announcing {
 
 impl Announcing {
     fn new(request: u64, routes: usize, answers: usize, outbound: Arc<Outbound>) -> Arc<Self> {
-        let answer = v1::Announced { request, heads: vec![0; routes], not_owner: Vec::new() };
+        let answer = v1::Announced { request, heads: vec![0; routes], ..v1::Announced::default() };
         let announcing =
             Announcing { request, left: AtomicUsize::new(answers), answer: Mutex::new(answer), outbound };
         if answers == 0 {
@@ -155,9 +155,12 @@ impl Announcing {
     }
 
     /// `head`: None when another instance owns the slot.
-    pub fn answer(&self, index: u32, head: Option<u64>) {
+    pub fn answer(&self, index: u32, head: Option<u64>, retained: bool) {
         {
             let mut answer = self.answer.lock();
+            if retained {
+                answer.retained.push(index);
+            }
             match head {
                 None => answer.not_owner.push(index),
                 Some(0) => {}

@@ -76,6 +76,8 @@ pub enum Output {
         request: u64,
         index: u32,
         head: Option<u64>,
+        /// The topic has a retained message.
+        retained: bool,
     },
     Kick {
         to: Receiver,

@@ -325,7 +325,7 @@ impl Worker {
                 for (index, filter, present) in routes {
                     if wildcards {
                         self.core.announce_wildcard(receiver, &filter, present);
-                        self.announced(request, index, Some(0));
+                        self.announced(request, index, Some(0), false);
                     } else {
                         self.core.announce(receiver, request, index, &filter, present, now_ms);
                     }
@@ -363,9 +363,9 @@ impl Worker {
         self.next_token
     }
 
-    fn announced(&mut self, request: u64, index: u32, head: Option<u64>) {
+    fn announced(&mut self, request: u64, index: u32, head: Option<u64>, retained: bool) {
         if let Some((announcing, left)) = self.announcing.get_mut(&request) {
-            announcing.answer(index, head);
+            announcing.answer(index, head, retained);
             *left -= 1;
             if *left == 0 {
                 self.announcing.remove(&request);
@@ -412,7 +412,9 @@ impl Worker {
                     }
                 }
                 Output::Reply { token, published, targets } => replies.push((token, published, targets)),
-                Output::Announced { request, index, head } => announced.push((request, index, head)),
+                Output::Announced { request, index, head, retained } => {
+                    announced.push((request, index, head, retained));
+                }
                 Output::Kick { to, kick } => {
                     self.deps.metrics.kicks.inc();
                     if let Some(outbound) = self.outbounds.get(&to) {
@@ -435,8 +437,8 @@ impl Worker {
                 self.deliver(receiver, messages, String::new());
             }
         }
-        for (request, index, head) in announced {
-            self.announced(request, index, head);
+        for (request, index, head, retained) in announced {
+            self.announced(request, index, head, retained);
         }
         for (token, published, targets) in replies {
             let code = match published.code() {

@@ -52,7 +52,7 @@ macro_rules! saver_conformance {
             appends_are_read_in_order, reads_stop_at_their_limits, prev_is_the_stored_message_before,
             seqs_have_to_grow, a_repeated_append_is_answered_again, a_deposed_owner_is_fenced_off,
             an_id_is_accepted_once, ids_are_forgotten_after_a_day, refused_appends_leave_the_others_alone,
-            heads_come_in_the_order_asked, logs_survive_reopening, retained_messages_match_filters,
+            heads_come_in_the_order_asked, heads_say_whether_there_is_a_retained_message, logs_survive_reopening, retained_messages_match_filters,
             retained_messages_survive_and_expire, records_are_kept_listed_and_expire, what_is_malformed_is_refused,
             concurrent_appends_keep_their_topics_order,
             a_log_is_trimmed_by_count, a_log_is_trimmed_by_bytes, a_log_is_trimmed_by_age,

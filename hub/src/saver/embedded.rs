@@ -275,7 +275,10 @@ impl Logs for Embedded {
             return Err(StoreError::Invalid(format!("more than {MAX_HEADS} heads at once")));
         }
         let index = self.index.read();
-        let head = |topic: &String| index.topic(topic).map(|id| index.at(id).head()).unwrap_or_default();
+        let head = |topic: &String| v1::Head {
+            retained: index.retained.contains_key(topic.as_str()),
+            ..index.topic(topic).map(|id| index.at(id).head()).unwrap_or_default()
+        };
         Ok(topics.iter().map(head).collect())
     }
 

@@ -197,6 +197,7 @@ impl Cluster for TestOwner {
             epoch: EPOCH,
             seq: last.seq,
             trimmed: 0,
+            retained: false,
         });
         let next = messages.last().map_or(request.after, |last| last.seq);
         Ok(v1::ReadReply { messages, head: Some(head), next })

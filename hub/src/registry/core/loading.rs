@@ -70,6 +70,7 @@ impl Core {
                     let head = &heads[place];
                     topic.seq = topic.seq.max(head.seq).max(slot.floor);
                     topic.last_stored = head.seq;
+                    topic.retained = head.retained;
                     topic.load = Load::Ready;
                     self.release(number, &name, now_ms);
                 }
@@ -124,6 +125,7 @@ impl Core {
         };
         for message in reply.messages {
             topic.last_stored = topic.last_stored.max(message.seq);
+            topic.retained |= message.retain;
             let to = self.routing.targets(name, &topic.routes, whole);
             if !to.is_empty() {
                 self.out.push(Output::Deliver { to, message, broadcast: None });

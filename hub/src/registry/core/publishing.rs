@@ -101,9 +101,9 @@ impl Core {
             Load::Ready => {
                 // What had to wait while the topic was loaded, in the order in which it came.
                 let Some(waiting) = topic.waiting.take() else { return };
-                let head = Some(topic.last_stored);
+                let (head, retained) = (Some(topic.last_stored), topic.retained);
                 for (request, index) in waiting.announces {
-                    self.out.push(Output::Announced { request, index, head });
+                    self.out.push(Output::Announced { request, index, head, retained });
                 }
                 for publish in waiting.publishes {
                     self.sequence(number, publish, now_ms);

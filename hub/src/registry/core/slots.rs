@@ -104,7 +104,7 @@ impl Core {
 
     fn too_early(&mut self, early: Early) {
         if let Said::Route { request, index, .. } = early.said {
-            self.out.push(Output::Announced { request, index, head: None });
+            self.out.push(Output::Announced { request, index, head: None, retained: false });
         }
     }
 
@@ -154,7 +154,7 @@ impl Core {
                 self.answer(Output::refuse(publish.token, PublishCode::NotOwner, MOVED));
             }
             for (request, index) in waiting.announces {
-                self.out.push(Output::Announced { request, index, head: None });
+                self.out.push(Output::Announced { request, index, head: None, retained: false });
             }
             if !topic.routes.is_empty() {
                 routes.push((name, topic.routes));
@@ -234,7 +234,7 @@ impl Core {
         now_ms: u64,
     ) {
         let number = slot_of(filter);
-        let answer = |head| Output::Announced { request, index, head };
+        let answer = |head, retained| Output::Announced { request, index, head, retained };
         let Some(slot) = self.slots.get_mut(&number) else {
             let said = Said::Route { receiver, request, index, filter: filter.into(), present };
             return self.hold(number, said, now_ms);
@@ -250,7 +250,7 @@ impl Core {
                 topic.routes.swap_remove(place);
                 self.routed_topics -= usize::from(topic.routes.is_empty());
             }
-            return self.out.push(answer(Some(0)));
+            return self.out.push(answer(Some(0), false));
         }
         let topic = topic_entry(&mut slot.topics, filter, &mut self.topics);
         if !topic.routes.contains(&receiver) {
@@ -258,7 +258,7 @@ impl Core {
             topic.routes.push(receiver);
         }
         if topic.load == Load::Ready {
-            return self.out.push(answer(Some(topic.last_stored)));
+            return self.out.push(answer(Some(topic.last_stored), topic.retained));
         }
         topic.waiting().announces.push((request, index));
         self.load(number, filter);

@@ -121,7 +121,7 @@ fn done() -> Result<saver_reply::Result, AskError> {
 }
 
 fn heads(seqs: &[u64]) -> Result<saver_reply::Result, AskError> {
-    let heads = seqs.iter().map(|&seq| v1::Head { epoch: 2, seq, trimmed: 0 }).collect();
+    let heads = seqs.iter().map(|&seq| v1::Head { epoch: 2, seq, ..v1::Head::default() }).collect();
     Ok(saver_reply::Result::Heads(v1::HeadsReply { heads }))
 }
 
@@ -163,7 +163,8 @@ fn line(output: &Output) -> String {
         Output::Deliver { to, message, .. } => {
             format!("deliver {} prev {} to {to:?}", message.seq, message.prev)
         }
-        Output::Announced { request, index, head } => match head {
+        Output::Announced { request, index, head, retained } => match head {
+            Some(head) if *retained => format!("announced {request}.{index} {head} retained"),
             Some(head) => format!("announced {request}.{index} {head}"),
             None => format!("announced {request}.{index} not owner"),
         },
@@ -248,7 +249,7 @@ fn an_append_of_unknown_outcome_is_found_in_the_log_and_delivered() {
     // What comes meanwhile waits.
     assert_eq!(bench.publish(TOPIC, 1), [""; 0]);
     let message = v1::Message { topic: TOPIC.into(), seq: 1, stored: true, ..v1::Message::default() };
-    let head = Some(v1::Head { epoch: 3, seq: 1, trimmed: 0 });
+    let head = Some(v1::Head { epoch: 3, seq: 1, trimmed: 0, retained: false });
     let reply = v1::ReadReply { messages: vec![message], head, next: 1 };
     assert_eq!(bench.answer(Ok(saver_reply::Result::Read(reply))), ["deliver 1 prev 0 to [1]", "append 3:2"]);
     assert_eq!(bench.answer(appended(1)), ["deliver 2 prev 1 to [1]", "reply 2 3:2"]);
@@ -444,7 +445,17 @@ fn a_retained_message_that_is_not_logged_is_set_before_it_is_delivered() {
     bench.load(GATEWAY, TOPIC, 6);
     assert_eq!(bench.publish_with(TOPIC, 0, |publish| publish.message.retain = true), ["retain 3:7"]);
     assert_eq!(bench.answer(appended(0)), ["deliver 7 prev 6 to [1]", "reply 1 3:7"]);
-    assert_eq!(bench.publish_with(TOPIC, 1, |publish| publish.message.retain = true), ["append+retain 3:8"]);
+    let announce = |bench: &mut Bench| {
+        bench.core.announce(GATEWAY, 9, 0, TOPIC, true, 0);
+        bench.run()
+    };
+    assert_eq!(announce(&mut bench), ["announced 9.0 6"]);
+    let keep = |publish: &mut Publish| {
+        (publish.message.retain, publish.message.payload) = (true, "kept".into());
+    };
+    assert_eq!(bench.publish_with(TOPIC, 1, keep), ["append+retain 3:8"]);
+    bench.answer(appended(6));
+    assert_eq!(announce(&mut bench), ["announced 9.0 8 retained"]);
 }
 
 #[test]

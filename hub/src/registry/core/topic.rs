@@ -28,6 +28,8 @@ pub struct Topic {
     pub seq: u64,
     /// seq of the last stored message that was delivered.
     pub last_stored: u64,
+    /// There is, or may be, a retained message.
+    pub retained: bool,
     pub load: Load,
     /// Used since eviction last looked.
     pub used: bool,
@@ -76,6 +78,7 @@ impl Default for Topic {
         Topic {
             seq: 0,
             last_stored: 0,
+            retained: false,
             load: Load::Cold,
             used: true,
             pending: VecDeque::new(),
@@ -113,6 +116,10 @@ impl Topic {
                 break;
             };
             answered += 1;
+            if message.retain && !matches!(state, State::Duplicate { .. }) {
+                // What failed may have been set all the same.
+                self.retained = !message.payload.is_empty() || matches!(state, State::Failed(..));
+            }
             match state {
                 State::Stored { prev } => {
                     message.prev = prev;

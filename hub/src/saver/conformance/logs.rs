@@ -16,7 +16,7 @@ pub async fn appends_are_read_in_order(ground: Ground) {
     assert_eq!(seqs(&store, NEWS, 17).await, [18, 19, 20]);
     assert_eq!(seqs(&store, NEWS, 20).await, [0; 0]);
     assert_eq!(seqs(&store, "demo/nothing", 0).await, [0; 0]);
-    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 20, trimmed: 0 });
+    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 20, trimmed: 0, retained: false });
     // What comes back is what was given, with what the store knows of it.
     let mut given = message(NEWS, 21);
     given.properties = Some(v1::Properties {
@@ -114,7 +114,7 @@ pub async fn a_deposed_owner_is_fenced_off(ground: Ground) {
     fill(&store, &other, [1]).await;
     let store = ground.reopen(store).await;
     assert!(matches!(one(&store, under(6, 4)).await, Err(StoreError::Fenced { .. })));
-    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 7, seq: 3, trimmed: 0 });
+    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 7, seq: 3, trimmed: 0, retained: false });
     is_invalid(store.fence(topic::SLOTS, 1).await);
 }
 
@@ -174,6 +174,23 @@ pub async fn heads_come_in_the_order_asked(ground: Ground) {
     let heads: Vec<u64> = store.heads(asked).await.unwrap().iter().map(|head| head.seq).collect();
     assert_eq!(heads, [7, 0, 2, 7]);
     assert_eq!(store.heads(Vec::new()).await.unwrap(), []);
+}
+
+pub async fn heads_say_whether_there_is_a_retained_message(ground: Ground) {
+    let store = ground.open().await;
+    let has = |topic: &'static str| {
+        let store = &store;
+        async move { store.heads(vec![topic.to_owned()]).await.unwrap()[0].retained }
+    };
+    fill(&store, "demo/a", 1..=2).await;
+    assert!(!has("demo/a").await && !has("demo/b").await);
+    for (topic, log) in [("demo/a", true), ("demo/b", false)] {
+        for (seq, text) in [(3, "kept"), (4, "")] {
+            let append = append_of(v1::Message { payload: text.into(), ..message(topic, seq) });
+            one(&store, v1::Append { log, retain: true, ..append }).await.unwrap();
+            assert_eq!(has(topic).await, seq == 3, "{topic}");
+        }
+    }
 }
 
 pub async fn logs_survive_reopening(ground: Ground) {

@@ -19,10 +19,10 @@ pub async fn a_log_is_trimmed_by_count(ground: Ground) {
         assert_eq!(one(&store, kept(seq, three)).await.unwrap().prev, seq - 1);
     }
     assert_eq!(seqs(&store, NEWS, 0).await, [8, 9, 10]);
-    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 10, trimmed: 7 });
+    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 10, trimmed: 7, retained: false });
     let store = ground.reopen(store).await;
     assert_eq!(seqs(&store, NEWS, 0).await, [8, 9, 10]);
-    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 10, trimmed: 7 });
+    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 10, trimmed: 7, retained: false });
     // Remembered: an append that says nothing of it is trimmed as before.
     fill(&store, NEWS, [11]).await;
     assert_eq!(seqs(&store, NEWS, 0).await, [9, 10, 11]);
@@ -66,7 +66,7 @@ pub async fn a_log_is_trimmed_by_age(ground: Ground) {
     let store = ground.reopen(store).await;
     assert_eq!(store.sweep(now + 3_700_000).await.unwrap().messages, 5);
     assert_eq!(seqs(&store, NEWS, 0).await, [0; 0]);
-    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 5, trimmed: 5 });
+    assert_eq!(head(&store, NEWS).await, v1::Head { epoch: 1, seq: 5, trimmed: 5, retained: false });
     assert_eq!(seqs(&store, "demo/for/ever", 0).await.len(), 5);
     // It goes on where it was.
     assert_eq!(one(&store, kept(6, hour)).await.unwrap().prev, 5);
@@ -193,5 +193,5 @@ pub async fn what_was_trimmed_stays_trimmed(ground: Ground) {
         store = ground.reopen(store).await;
         assert_eq!(seqs(&store, INBOX, 0).await, [round * 10 + 8, round * 10 + 9, round * 10 + 10]);
     }
-    assert_eq!(head(&store, INBOX).await, v1::Head { epoch: 1, seq: 50, trimmed: 47 });
+    assert_eq!(head(&store, INBOX).await, v1::Head { epoch: 1, seq: 50, trimmed: 47, retained: false });
 }

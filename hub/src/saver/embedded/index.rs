@@ -42,7 +42,7 @@ pub struct Topic {
 
 impl Topic {
     pub fn head(&self) -> v1::Head {
-        v1::Head { epoch: self.committed.0, seq: self.committed.1, trimmed: self.trimmed }
+        v1::Head { epoch: self.committed.0, seq: self.committed.1, trimmed: self.trimmed, retained: false }
     }
 
     /// Is there something to read after this cursor?
