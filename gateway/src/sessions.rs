@@ -1,5 +1,7 @@
 //! Which connection holds which session, over all shards of this gateway: for take-over and for kicks from outside.
 
+use std::hash::{BuildHasherDefault, Hasher};
+
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 
@@ -8,7 +10,25 @@ use crate::event::ConnId;
 /// By [`session_key`](crate::delivery::session_key).
 #[derive(Default)]
 pub struct Sessions {
-    held: DashMap<u128, (ConnId, u64), xxhash_rust::xxh3::Xxh3Builder>,
+    held: DashMap<u128, (ConnId, u64), BuildHasherDefault<KeyHasher>>,
+}
+
+/// The keys are hashes already.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = xxhash_rust::xxh3::xxh3_64(bytes);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 impl Sessions {

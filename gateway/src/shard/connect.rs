@@ -335,9 +335,42 @@ pub(super) fn online(session: &Session, again: bool) -> v1::SessionChange {
         session: Some(session.session_ref()),
         online: true,
         since_ms: session.since_ms,
-        address: session.address.to_string(),
+        address: address_text(session.address),
         connection: session.connection,
         again,
         reason: String::new(),
+    }
+}
+
+/// As `Display` writes it. By hand for IPv4, because the formatting machinery is a tenth of a connect.
+fn address_text(address: SocketAddr) -> String {
+    let SocketAddr::V4(v4) = address else { return address.to_string() };
+    let mut text = String::with_capacity("255.255.255.255:65535".len());
+    for octet in v4.ip().octets() {
+        push_number(&mut text, octet.into());
+        text.push('.');
+    }
+    text.pop();
+    text.push(':');
+    push_number(&mut text, v4.port());
+    text
+}
+
+fn push_number(text: &mut String, number: u16) {
+    if number >= 10 {
+        push_number(text, number / 10);
+    }
+    text.push(char::from(b'0' + (number % 10) as u8));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_written_as_they_are_shown() {
+        for text in ["0.0.0.0:0", "127.0.0.1:1883", "255.10.100.9:65535", "[2001:db8::1]:80"] {
+            assert_eq!(address_text(text.parse().unwrap()), text);
+        }
     }
 }

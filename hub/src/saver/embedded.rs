@@ -381,6 +381,11 @@ impl Sessions for Embedded {
         self.write(|reply| Op::OpenSession(open, reply)).await
     }
 
+    fn may_be_kept(&self, session: &v1::SessionRef) -> bool {
+        sessions::name_of(Some(session))
+            .is_ok_and(|name| self.index.read().session_ids.contains_key(name.as_str()))
+    }
+
     async fn subscribe(&self, subscribe: v1::Subscribe) -> StoreResult<Vec<v1::SubscribedOne>> {
         if subscribe.session.is_some() {
             return self.write(|reply| Op::Subscribe(subscribe, reply)).await;

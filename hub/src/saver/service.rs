@@ -207,6 +207,11 @@ impl Stream {
             Some(op) => match serial_key(&op) {
                 Some(key) => match self.keyed.get_mut(&key) {
                     Some(waiting) => waiting.push_back((correlation, op)),
+                    // A device that keeps nothing and has nothing kept, as most do when they connect.
+                    None if forgets_nothing(&*self.store, &op) => {
+                        let nothing = Reply::SessionOpened(v1::SessionOpened::default());
+                        self.outgoing.push_back((0, reply(correlation, Ok(nothing))));
+                    }
                     None => {
                         self.keyed.insert(key, VecDeque::new());
                         self.start(Key::Serial(key), correlation, op);
@@ -275,6 +280,13 @@ impl Stream {
             Key::None => {}
         }
     }
+}
+
+fn forgets_nothing(store: &dyn Store, op: &Op) -> bool {
+    let Op::OpenSession(v1::OpenSession { session: Some(session), expiry_seconds: 0, .. }) = op else {
+        return false;
+    };
+    !store.may_be_kept(session)
 }
 
 /// Bytes of an answer that may be large; the others' batch is bounded by their number.

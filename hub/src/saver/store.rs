@@ -81,6 +81,10 @@ pub trait Logs: Send + Sync {
 #[async_trait]
 pub trait Sessions: Send + Sync {
     async fn open_session(&self, open: v1::OpenSession) -> StoreResult<v1::SessionOpened>;
+    /// False if it is known at once that nothing is kept for this session: then there is nothing to forget.
+    fn may_be_kept(&self, _session: &v1::SessionRef) -> bool {
+        true
+    }
     async fn subscribe(&self, subscribe: v1::Subscribe) -> StoreResult<Vec<v1::SubscribedOne>>;
     async fn unsubscribe(&self, unsubscribe: v1::Unsubscribe) -> StoreResult<()>;
     /// Moves cursors forward. In force at once, durable soon.

@@ -96,7 +96,8 @@ impl Sessions {
             }
             return report(event, apps, out);
         }
-        let user = self.users.entry(inbox.as_str().into()).or_default();
+        // Most users have one session, and a Vec would begin with room for four.
+        let user = self.users.entry(inbox.as_str().into()).or_insert_with(|| Vec::with_capacity(1));
         let new = Session {
             client_id: name.client_id.as_str().into(),
             receiver,

@@ -30,7 +30,7 @@ pub fn check_filter(filter: &str) -> StoreResult<()> {
     topic::check_filter(filter).map_err(|error| invalid(format!("filter {filter:?} {error}")))
 }
 
-fn name_of(session: Option<&v1::SessionRef>) -> StoreResult<String> {
+pub fn name_of(session: Option<&v1::SessionRef>) -> StoreResult<String> {
     let session = session.ok_or_else(|| invalid("no session is named"))?;
     topic::check_app(&session.app).map_err(|error| invalid(format!("app {:?} {error}", session.app)))?;
     if session.user.contains('\0') || session.client_id.contains('\0') {
