@@ -96,6 +96,8 @@ pub struct DevArgs {
     /// MQTT over WebSocket, for browsers
     #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
     pub ws: SocketAddr,
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// The API for backends, and the console
     #[arg(long, env = "CARILLON_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     pub http: SocketAddr,
@@ -188,15 +190,43 @@ pub struct GatewayArgs {
     /// MQTT over WebSocket
     #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
     pub ws: SocketAddr,
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// How devices reach the MQTT address, as host:port, when it is not the one it listens on
     #[arg(long, env = "CARILLON_ADVERTISE_MQTT", value_name = "HOST:PORT")]
     pub advertise_mqtt: Option<String>,
     /// How devices reach the WebSocket address, as host:port, when it is not the one it listens on
     #[arg(long, env = "CARILLON_ADVERTISE_WS", value_name = "HOST:PORT")]
     pub advertise_ws: Option<String>,
+    /// How devices reach the MQTT over TLS address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_MQTTS", value_name = "HOST:PORT")]
+    pub advertise_mqtts: Option<String>,
+    /// How devices reach the WebSocket over TLS address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_WSS", value_name = "HOST:PORT")]
+    pub advertise_wss: Option<String>,
     /// Threads that hold connections; 0 = one for each CPU
     #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
     pub shards: usize,
+}
+
+/// Listeners over TLS. More of them, and more of what they can do, are in the `gateway` document.
+#[derive(Debug, Clone, Args)]
+pub struct TlsArgs {
+    /// MQTT over TLS for devices [default: none]
+    #[arg(long, env = "CARILLON_MQTTS", value_name = "ADDRESS", requires_all = ["tls_certificate", "tls_key"])]
+    pub mqtts: Option<SocketAddr>,
+    /// MQTT over WebSocket over TLS [default: none]
+    #[arg(long, env = "CARILLON_WSS", value_name = "ADDRESS", requires_all = ["tls_certificate", "tls_key"])]
+    pub wss: Option<SocketAddr>,
+    /// The certificate for both, and those between it and the root (PEM); read again when it changes
+    #[arg(long, env = "CARILLON_TLS_CERTIFICATE", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_certificate: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, env = "CARILLON_TLS_KEY", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_key: Option<PathBuf>,
+    /// Devices must show a certificate that one of these authorities has signed (PEM)
+    #[arg(long, env = "CARILLON_TLS_CLIENT_CA", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_client_ca: Option<PathBuf>,
 }
 
 /// `http://host:port` of a keeper's node.

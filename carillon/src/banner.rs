@@ -14,7 +14,8 @@ pub fn print(output: OutputFormat, connect: &Connect, data_dir: &Path) -> io::Re
     match output {
         OutputFormat::Json => {
             let line = json!({
-                "endpoint": connect.endpoint, "mqtt": connect.mqtt, "ws": connect.ws, "ops": connect.ops,
+                "endpoint": connect.endpoint, "mqtt": connect.mqtt, "ws": connect.ws,
+                "mqtts": connect.mqtts, "wss": connect.wss, "ops": connect.ops,
                 "keeper": connect.keeper, "console": console(connect), "app": connect.app,
                 "api_key": connect.api_key, "pid": connect.pid,
             });
@@ -56,6 +57,12 @@ fn page(connect: &Connect, program: &str, data_dir: &Path, colour: bool) -> Stri
     let (host, port) = address.rsplit_once(':').unwrap_or((address, "1883"));
     let Connect { endpoint, mqtt, ws, ops, app, api_key, .. } = connect;
     let console = console(connect);
+    let over_tls =
+        [connect.mqtts.as_deref(), connect.wss.as_deref()].into_iter().flatten().collect::<Vec<_>>();
+    let over_tls = match over_tls.join(", ") {
+        none if none.is_empty() => none,
+        some => format!("\n  {bold}TLS{reset}       {some}"),
+    };
     // The command line finds address and key in the data directory, if it is told which.
     let elsewhere = match data_dir == Path::new(DEFAULT_DATA_DIR) {
         true => String::new(),
@@ -67,7 +74,7 @@ fn page(connect: &Connect, program: &str, data_dir: &Path, colour: bool) -> Stri
 
   {bold}Console{reset}   {console}
   {bold}API{reset}       {endpoint}/v1   {dim}described at {endpoint}/v1/openapi.json{reset}
-  {bold}MQTT{reset}      {mqtt}   {dim}WebSocket {ws}{reset}
+  {bold}MQTT{reset}      {mqtt}   {dim}WebSocket {ws}{reset}{over_tls}
   {bold}Metrics{reset}   {ops}/metrics
   {bold}API key{reset}   {api_key}   {dim}of the app {app}{reset}
 
@@ -98,6 +105,8 @@ mod tests {
             endpoint: "http://127.0.0.1:8080".to_owned(),
             mqtt: "mqtt://127.0.0.1:1883".to_owned(),
             ws: "ws://127.0.0.1:8083/mqtt".to_owned(),
+            mqtts: None,
+            wss: Some("wss://127.0.0.1:8084/mqtt".to_owned()),
             ops: "http://127.0.0.1:9090".to_owned(),
             keeper: "http://127.0.0.1:7400".to_owned(),
             app: "demo".to_owned(),
@@ -110,6 +119,7 @@ mod tests {
             "mosquitto_sub -h 127.0.0.1 -p 1883 -u alice -t demo/u/alice -q 1 -v\n",
             "curl http://127.0.0.1:8080/v1/apps/demo/users/alice/messages \\\n",
             "-d '{\"payload\": \"hello\"}'\n",
+            "  TLS       wss://127.0.0.1:8084/mqtt\n",
             "  target/debug/carillon push alice hello --data-dir ./other\n",
         ] {
             assert!(page.contains(expected), "{expected} in {page}");

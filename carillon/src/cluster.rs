@@ -1,7 +1,6 @@
 //! `carillon keeper`, `hub` and `gateway`: one process of a cluster each, from the same parts as `carillon dev`.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +10,8 @@ use carillon_agent::app::App;
 use carillon_agent::document::DocumentKind;
 use carillon_agent::{Agent, Role};
 use carillon_gateway::config::GatewayConfig;
-use carillon_gateway::{Gateway, GatewayError, GatewayOptions, ListenError};
+use carillon_gateway::listeners::config::Protocol;
+use carillon_gateway::{Gateway, GatewayOptions};
 use carillon_hub::config::HubConfig;
 use carillon_hub::{Hub, HubOptions};
 use carillon_keeper::{Keeper, KeeperHandle, KeeperOptions};
@@ -21,8 +21,8 @@ use tokio::task::JoinHandle;
 use crate::args::{GatewayArgs, HubArgs, KeeperArgs, ProcessArgs};
 use crate::data_dir::DataDir;
 use crate::logs::LogHandle;
-use crate::process::{Running, SharedKeeper, cannot_listen, listen};
-use crate::{commands, console, ops, roles};
+use crate::process::{Running, SharedKeeper, listen};
+use crate::{commands, console, listeners, ops, roles};
 
 /// How long a hub waits at its start for the keeper to name the cluster, before it says so in the log.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(5);
@@ -95,22 +95,26 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
 pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let process = Process::open(&args.process, "gateway").await?;
     let agent = Agent::start(carillon_agent::Options { keepers: args.keeper });
-    let mut advertise = BTreeMap::new();
-    advertise.extend(args.advertise_mqtt.map(|address| ("mqtt".to_owned(), address)));
-    advertise.extend(args.advertise_ws.map(|address| ("ws".to_owned(), address)));
+    let mut listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
+    for listener in &mut listeners {
+        listener.advertise = match listener.protocol {
+            Protocol::Mqtt => args.advertise_mqtt.clone(),
+            Protocol::Mqtts => args.advertise_mqtts.clone(),
+            Protocol::Ws => args.advertise_ws.clone(),
+            Protocol::Wss => args.advertise_wss.clone(),
+        };
+    }
     let gateway = Gateway::start(
         GatewayOptions {
             instance_id: process.data_dir.instance(""),
             incarnation: process.data_dir.incarnation(),
-            mqtt: vec![args.mqtt],
-            websocket: vec![args.ws],
-            advertise,
+            listeners,
             shards: args.shards,
             metrics: process.metrics.clone(),
         },
         agent.clone(),
     )
-    .map_err(|error| gateway_error(error, args.mqtt, args.ws))?;
+    .map_err(listeners::gateway_error)?;
     let (watched, ready) = (agent.clone(), gateway.readiness());
     let readiness = Arc::new(move || {
         let mut reasons = roles::unmet(&[Role::Gateway], &watched);
@@ -118,24 +122,9 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
         reasons
     });
     let commands = carry_out_commands(&agent, logs);
-    tracing::info!(mqtt = ?gateway.mqtt(), ws = ?gateway.websocket(), "the gateway serves");
+    tracing::info!("the gateway serves");
     let running = process.running(readiness, args.process.drain());
     Ok(Running { gateway: Some(gateway), agent: Some(agent), commands: Some(commands), ..running })
-}
-
-/// Says which flag changes an address that cannot be listened on.
-pub fn gateway_error(error: GatewayError, mqtt: SocketAddr, ws: SocketAddr) -> anyhow::Error {
-    let (address, error) = match error {
-        GatewayError::Listen(ListenError::InUse(address)) => (address, std::io::ErrorKind::AddrInUse.into()),
-        GatewayError::Listen(ListenError::Other { address, error }) => (address, error),
-        error => return anyhow::Error::new(error).context("the gateway does not start"),
-    };
-    let (flag, purpose) = match address {
-        _ if address == mqtt => ("--mqtt", "MQTT"),
-        _ if address == ws => ("--ws", "MQTT over WebSocket"),
-        _ => ("--mqtt or --ws", "MQTT"),
-    };
-    cannot_listen(address, flag, purpose, &error)
 }
 
 fn carry_out_commands(agent: &Agent, logs: LogHandle) -> JoinHandle<()> {

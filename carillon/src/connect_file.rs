@@ -18,6 +18,12 @@ pub struct Connect {
     pub mqtt: String,
     /// `ws://host:port/mqtt`.
     pub ws: String,
+    /// `mqtts://host:port`, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mqtts: Option<String>,
+    /// `wss://host:port/mqtt`, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wss: Option<String>,
     /// Metrics and health, `http://host:port`.
     pub ops: String,
     /// `http://host:port` of the keeper's gRPC.
@@ -64,6 +70,8 @@ mod tests {
             endpoint: "http://127.0.0.1:8080".to_owned(),
             mqtt: "mqtt://127.0.0.1:1883".to_owned(),
             ws: "ws://127.0.0.1:8083/mqtt".to_owned(),
+            mqtts: Some("mqtts://127.0.0.1:8883".to_owned()),
+            wss: None,
             ops: "http://127.0.0.1:9090".to_owned(),
             keeper: "http://127.0.0.1:7400".to_owned(),
             app: "demo".to_owned(),

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use carillon_agent::admin::{Admin, AdminError, ChangeOptions};
 use carillon_agent::app::{ApiKey, App};
 use carillon_agent::{Agent, Role};
+use carillon_gateway::listeners::config::Protocol;
 use carillon_gateway::{Gateway, GatewayOptions};
 use carillon_hub::{Hub, HubOptions};
 use tokio::time::Instant;
@@ -19,7 +20,7 @@ use crate::connect_file::Connect;
 use crate::data_dir::DataDir;
 use crate::logs::LogHandle;
 use crate::process::{Running, SharedKeeper, listen, loopback};
-use crate::{banner, cluster, commands, console, ops, roles};
+use crate::{banner, cluster, commands, console, listeners, ops, roles};
 
 /// The app that a fresh `carillon dev` has.
 const DEMO: &str = "demo";
@@ -32,9 +33,10 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let http = listen(args.http, "--http", "the API and the console").await?;
     let ops_listener = listen(args.ops, "--ops", "metrics and health").await?;
     // The gateway listens for itself, but last: what is in its way had better be said first.
-    for (address, flag, purpose) in [(args.mqtt, "--mqtt", "MQTT"), (args.ws, "--ws", "MQTT over WebSocket")]
-    {
-        drop(listen(address, flag, purpose).await?);
+    let listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
+    for listener in &listeners {
+        let (address, flag, purpose) = listeners::named(listener)?;
+        drop(listen(address, &flag, purpose).await?);
     }
     let internal = || listen(loopback(), "--data-dir", "between the parts of this process");
     let (keeper_grpc, hub_grpc) = (internal().await?, internal().await?);
@@ -78,15 +80,13 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
         GatewayOptions {
             instance_id: data_dir.instance("gateway"),
             incarnation: data_dir.incarnation(),
-            mqtt: vec![args.mqtt],
-            websocket: vec![args.ws],
-            advertise: BTreeMap::new(),
+            listeners,
             shards: args.shards,
             metrics: metrics.clone(),
         },
         agent.clone(),
     )
-    .map_err(|error| cluster::gateway_error(error, args.mqtt, args.ws))?;
+    .map_err(listeners::gateway_error)?;
 
     let gateway_ready = gateway.readiness();
     let watched = agent.clone();
@@ -100,12 +100,14 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let commands = tokio::spawn(async move { commands::serve(&served, logs).await });
     until_ready(&readiness).await?;
 
-    let shown =
-        |address: Option<&SocketAddr>| address.map(|&address| reachable(address)).unwrap_or_else(loopback);
+    let shown = |protocol| gateway.address(protocol).map(reachable);
+    let always = |protocol| shown(protocol).unwrap_or_else(loopback);
     let connect = Connect {
         endpoint: format!("http://{}", reachable(http_address)),
-        mqtt: format!("mqtt://{}", shown(gateway.mqtt().first())),
-        ws: format!("ws://{}/mqtt", shown(gateway.websocket().first())),
+        mqtt: format!("mqtt://{}", always(Protocol::Mqtt)),
+        ws: format!("ws://{}/mqtt", always(Protocol::Ws)),
+        mqtts: shown(Protocol::Mqtts).map(|address| format!("mqtts://{address}")),
+        wss: shown(Protocol::Wss).map(|address| format!("wss://{address}/mqtt")),
         ops: format!("http://{}", reachable(ops_address)),
         keeper: keeper_url,
         app: DEMO.to_owned(),

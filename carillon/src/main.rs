@@ -9,6 +9,7 @@ mod connect_file;
 mod console;
 mod data_dir;
 mod dev;
+mod listeners;
 mod logs;
 mod ops;
 mod process;

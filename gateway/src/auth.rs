@@ -36,6 +36,15 @@ pub struct Admitted {
     pub expires: u64,
 }
 
+/// Who a device's certificate says it is, at a listener where that counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificateUser {
+    pub app: String,
+    pub user: String,
+    /// Unix time in seconds at which the certificate ends.
+    pub not_after: u64,
+}
+
 /// Why a CONNECT is refused: the MQTT 5 reason code and a text for the device's developer.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
@@ -63,8 +72,13 @@ struct Claims {
 }
 
 /// Decides a CONNECT. The password is a token if it looks like one (three parts divided by dots); without a password
-/// the device is anonymous, in the root app, if that app allows it.
-pub fn admit(connect: &Connect<'_>, apps: &Apps, leeway_seconds: u32) -> Result<Admitted, Refusal> {
+/// the device is who its certificate says, else it is anonymous, in the root app, if that app allows it.
+pub fn admit(
+    connect: &Connect<'_>,
+    certificate: Option<CertificateUser>,
+    apps: &Apps,
+    leeway_seconds: u32,
+) -> Result<Admitted, Refusal> {
     let (client_id, is_client_id_assigned) = if connect.client_id.is_empty() {
         (format!("auto-{}", uuid::Uuid::new_v4().simple()), true)
     } else {
@@ -87,7 +101,10 @@ pub fn admit(connect: &Connect<'_>, apps: &Apps, leeway_seconds: u32) -> Result<
         Some(token) if !token.is_empty() => {
             with_token(token, client_id, is_client_id_assigned, apps, leeway_seconds)
         }
-        _ => anonymously(connect.username, client_id, is_client_id_assigned, apps),
+        _ => match certificate {
+            Some(certificate) => with_certificate(certificate, client_id, is_client_id_assigned, apps),
+            None => anonymously(connect.username, client_id, is_client_id_assigned, apps),
+        },
     }
 }
 
@@ -122,6 +139,24 @@ fn anonymously(
     debug_assert!(app.root);
     let app = Arc::from(name.as_str());
     Ok(Admitted { app, is_root: true, user, client_id, is_client_id_assigned, rights: None, expires: 0 })
+}
+
+/// The authority that signed it has said who it is; the user name of the CONNECT says nothing.
+fn with_certificate(
+    certificate: CertificateUser,
+    client_id: String,
+    is_client_id_assigned: bool,
+    apps: &Apps,
+) -> Result<Admitted, Refusal> {
+    let CertificateUser { app: name, user, not_after } = certificate;
+    let Some(app) = apps.get(&name) else {
+        return refuse(reason::NOT_AUTHORIZED, "the app of this listener's certificates is not known");
+    };
+    if let Err(error) = topic::check_user(&user) {
+        return refuse(reason::BAD_USER_NAME_OR_PASSWORD, format!("the certificate's user {error}"));
+    }
+    let (app, is_root) = (Arc::from(name.as_str()), app.root);
+    Ok(Admitted { app, is_root, user, client_id, is_client_id_assigned, rights: None, expires: not_after })
 }
 
 fn with_token(

@@ -4,6 +4,8 @@ use carillon_agent::document::{ConfigDocument, Violation};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::listeners::config::{self as listeners, ListenerConfig};
+
 /// `gateway`. What is changed applies to the next packet or connection; nobody is disconnected by a change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -34,6 +36,8 @@ pub struct GatewayConfig {
     pub write_timeout_ms: u32,
     /// Clock skew allowed when a token's times are checked, seconds.
     pub token_leeway_seconds: u32,
+    /// Addresses that devices connect to, besides those of the command line.
+    pub listeners: Vec<ListenerConfig>,
 }
 
 impl Default for GatewayConfig {
@@ -52,6 +56,7 @@ impl Default for GatewayConfig {
             max_outbound_bytes: 1024 * 1024,
             write_timeout_ms: 30_000,
             token_leeway_seconds: 60,
+            listeners: Vec::new(),
         }
     }
 }
@@ -83,6 +88,7 @@ impl ConfigDocument for GatewayConfig {
             .map(|(path, value, low, high)| {
                 Violation::new(*path, format!("is {value}, must be from {low} to {high}"))
             })
+            .chain(listeners::check(&self.listeners))
             .collect()
     }
 }

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use crate::delivery::Delivery;
 use crate::link::{SaverFailure, SlotAnnouncement};
+use crate::listeners::LiveSettings;
 
 /// A connection, named from outside its shard. The generation tells a connection from an earlier one in its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,6 +81,17 @@ pub enum Event {
     },
     /// Announce the sessions whose users' inboxes are in these slots.
     AnnounceSessions(Arc<SlotAnnouncement>),
+    /// Accept connections here from now on.
+    Listen {
+        id: usize,
+        socket: std::net::TcpListener,
+        settings: LiveSettings,
+    },
+    /// Accept no more; answered when the socket is closed.
+    Unlisten {
+        id: usize,
+        done: std::sync::mpsc::Sender<()>,
+    },
     /// Another saver, or the same one after a restart: tell it which sessions are here.
     SaverChanged,
     /// Disconnect everyone and end; answered when their sessions have been handed to the saver.

@@ -9,8 +9,10 @@ pub mod config;
 mod delivery;
 mod event;
 mod link;
-mod listen;
+pub mod listeners;
 pub mod metrics;
+pub mod proxy_protocol;
+mod registration;
 mod routes;
 mod sessions;
 mod shard;
@@ -31,10 +33,11 @@ use tokio_util::sync::CancellationToken;
 use config::GatewayConfig;
 use event::{Event, ShardHandle};
 use link::Link;
+use listeners::config::{ListenerConfig, Protocol};
+use listeners::{ListenerError, Listeners};
 use metrics::{AppTotals, Metrics};
+use registration::Registration;
 use shard::{Shard, Shared};
-
-pub use listen::ListenError;
 
 /// How a gateway is started.
 pub struct GatewayOptions {
@@ -42,12 +45,8 @@ pub struct GatewayOptions {
     pub instance_id: String,
     /// Grows with each start.
     pub incarnation: u64,
-    /// Where devices connect with MQTT over TCP; port 0 lets the kernel choose.
-    pub mqtt: Vec<SocketAddr>,
-    /// Where devices connect with MQTT over WebSocket (path `/mqtt` or `/`).
-    pub websocket: Vec<SocketAddr>,
-    /// What devices are told to connect to, by scheme (`mqtt`, `ws`), where it is not the address listened on.
-    pub advertise: std::collections::BTreeMap<String, String>,
+    /// Where devices connect, whatever the configuration says besides.
+    pub listeners: Vec<ListenerConfig>,
     /// Threads that hold connections; 0 = one a core.
     pub shards: usize,
     pub metrics: prometheus::Registry,
@@ -56,8 +55,8 @@ pub struct GatewayOptions {
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
-    #[error(transparent)]
-    Listen(#[from] ListenError),
+    #[error("listener {:?}: {error}", listener.name)]
+    Listener { listener: Box<ListenerConfig>, error: ListenerError },
     #[error("cannot set up a shard: {0}")]
     Shard(std::io::Error),
     #[error("cannot register metrics: {0}")]
@@ -66,13 +65,11 @@ pub enum GatewayError {
 
 /// A running gateway.
 pub struct GatewayHandle {
-    mqtt: Vec<SocketAddr>,
-    websocket: Vec<SocketAddr>,
+    addresses: Vec<(Protocol, SocketAddr)>,
     shards: Vec<ShardHandle>,
     threads: Vec<std::thread::JoinHandle<()>>,
     link: Link,
-    agent: Agent,
-    instance: Instance,
+    registration: Arc<Registration>,
     stop: CancellationToken,
 }
 
@@ -88,9 +85,8 @@ impl Gateway {
             count => count,
         }
         .min(routes::MAX_SHARDS);
-        let mut listeners: Vec<Vec<shard::Listener>> = (0..count).map(|_| Vec::new()).collect();
-        let mqtt = listen::listen(&options.mqtt, false, &mut listeners)?;
-        let websocket = listen::listen(&options.websocket, true, &mut listeners)?;
+        let mut listeners = Listeners::open(options.listeners, count, metrics.clone())
+            .map_err(|(listener, error)| GatewayError::Listener { listener, error })?;
 
         let stop = CancellationToken::new();
         let mut configs = agent.config::<GatewayConfig>();
@@ -112,9 +108,9 @@ impl Gateway {
         );
         let mut shards = Vec::new();
         let mut built = Vec::new();
-        for (index, listeners) in listeners.into_iter().enumerate() {
+        for index in 0..count {
             let (shard, handle) =
-                Shard::new(index, shared.clone(), link.clone(), listeners).map_err(GatewayError::Shard)?;
+                Shard::new(index, shared.clone(), link.clone()).map_err(GatewayError::Shard)?;
             shards.push(handle);
             built.push(shard);
         }
@@ -126,23 +122,21 @@ impl Gateway {
             threads.push(thread.map_err(GatewayError::Shard)?);
         }
 
-        let mut addresses = std::collections::BTreeMap::new();
-        if let Some(address) = mqtt.first() {
-            addresses.insert("mqtt".to_owned(), address.to_string());
-        }
-        if let Some(address) = websocket.first() {
-            addresses.insert("ws".to_owned(), address.to_string());
-        }
-        addresses.extend(options.advertise);
+        listeners.serve(shards.clone());
+        let addresses = Protocol::ALL.into_iter();
+        let addresses =
+            addresses.filter_map(|protocol| Some((protocol, listeners.address(protocol)?))).collect();
         let instance = Instance {
             id: options.instance_id,
             incarnation: options.incarnation,
             roles: vec![Role::Gateway],
-            addresses,
+            addresses: listeners.addresses(),
             labels: std::collections::BTreeMap::new(),
             draining: false,
         };
-        agent.register(instance.clone());
+        let registration = Arc::new(Registration::new(agent.clone(), instance));
+        let gateway_configs = agent.config::<GatewayConfig>();
+        tokio::spawn(listeners.follow(agent, gateway_configs, registration.clone(), stop.clone()));
 
         let followed = shared.clone();
         let stopped = stop.clone();
@@ -162,19 +156,14 @@ impl Gateway {
             }
         });
         tokio::spawn(report(shared, link.clone(), stop.clone()));
-        Ok(GatewayHandle { mqtt, websocket, shards, threads, link, agent, instance, stop })
+        Ok(GatewayHandle { addresses, shards, threads, link, registration, stop })
     }
 }
 
 impl GatewayHandle {
-    /// Addresses listened on for MQTT over TCP.
-    pub fn mqtt(&self) -> &[SocketAddr] {
-        &self.mqtt
-    }
-
-    /// Addresses listened on for MQTT over WebSocket.
-    pub fn websocket(&self) -> &[SocketAddr] {
-        &self.websocket
+    /// The address that was listened on first for a protocol, if it is one of the options'.
+    pub fn address(&self, protocol: Protocol) -> Option<SocketAddr> {
+        self.addresses.iter().find(|(known, _)| *known == protocol).map(|(_, address)| *address)
     }
 
     /// A cheap view for readiness checks.
@@ -185,7 +174,7 @@ impl GatewayHandle {
     /// Leaves discovery, tells every device that the server shuts down, hands their sessions to the saver, and ends.
     /// Bounded: what is not done after `deadline` is left.
     pub async fn stop(self, deadline: Duration) {
-        self.agent.register(Instance { draining: true, ..self.instance.clone() });
+        self.registration.set_draining(true);
         let stopping = async {
             for shard in &self.shards {
                 let (done, stopped) = oneshot::channel();

@@ -18,6 +18,11 @@ pub const ATTACH_OVERFLOWS: &str = "carillon_gateway_attach_overflows_total";
 pub const STALE_EPOCH: &str = "carillon_gateway_stale_epoch_messages_total";
 pub const SAVER_UNSENT: &str = "carillon_gateway_saver_unsent_total";
 pub const LOG_READS: &str = "carillon_gateway_log_reads_total";
+pub const LISTENERS: &str = "carillon_gateway_listener_open_state";
+pub const TLS_HANDSHAKES: &str = "carillon_gateway_tls_handshakes_total";
+pub const CERTIFICATE_EXPIRY: &str = "carillon_gateway_certificate_expiry_timestamp_seconds";
+pub const CERTIFICATE_LOADS: &str = "carillon_gateway_certificate_loads_total";
+pub const PROXY_ERRORS: &str = "carillon_gateway_proxy_errors_total";
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -42,6 +47,16 @@ pub struct Metrics {
     pub stale_epoch: IntCounter,
     pub saver_unsent: IntCounter,
     pub log_reads: IntCounter,
+    /// By listener and protocol: 1 while it accepts, 0 while something is in its way.
+    pub listeners: IntGaugeVec,
+    /// By result: `full`, `resumed`, or why not.
+    pub tls_handshakes: IntCounterVec,
+    /// By listener: when the first of its certificates ends, Unix seconds.
+    pub certificate_expiry: IntGaugeVec,
+    /// By result: `loaded`, `failed`.
+    pub certificate_loads: IntCounterVec,
+    /// By error: `missing`, `version_1`, …
+    pub proxy_errors: IntCounterVec,
 }
 
 impl Metrics {
@@ -68,6 +83,11 @@ impl Metrics {
             &["protocol"],
         )?;
         registry.register(Box::new(connections.clone()))?;
+        let gauges = |name: &str, help: &str, labels: &[&str]| -> Result<IntGaugeVec, prometheus::Error> {
+            let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
         Ok(Metrics {
             connections,
             connects: counters(CONNECTS, "CONNECT packets answered, by result", "result")?,
@@ -90,6 +110,27 @@ impl Metrics {
             stale_epoch: counter(STALE_EPOCH, "Messages refused because they came from a deposed owner")?,
             saver_unsent: counter(SAVER_UNSENT, "Acks and closings that could not be sent to a saver")?,
             log_reads: counter(LOG_READS, "Reads of topic logs for devices that were behind")?,
+            listeners: gauges(
+                LISTENERS,
+                "1 while a listener accepts connections, 0 while something is in its way",
+                &["listener", "protocol"],
+            )?,
+            tls_handshakes: counters(TLS_HANDSHAKES, "TLS handshakes ended, by result", "result")?,
+            certificate_expiry: gauges(
+                CERTIFICATE_EXPIRY,
+                "When the first of a listener's certificates ends, Unix seconds",
+                &["listener"],
+            )?,
+            certificate_loads: counters(
+                CERTIFICATE_LOADS,
+                "Times that a listener's certificates were read anew, by result",
+                "result",
+            )?,
+            proxy_errors: counters(
+                PROXY_ERRORS,
+                "Connections closed for their PROXY protocol header, by error",
+                "error",
+            )?,
         })
     }
 }

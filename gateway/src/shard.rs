@@ -13,23 +13,25 @@ mod connect;
 mod deadlines;
 mod deliver;
 mod flush;
+mod layers;
 mod outbound;
 mod publish;
 mod read;
+mod secure;
 mod subscribe;
 mod timers;
+mod tls;
 mod topics;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use mio::net::TcpListener;
-use mio::{Events, Interest, Poll, Token};
+use mio::{Events, Poll, Token};
 use slab::Slab;
 use tokio::sync::oneshot;
 
@@ -37,6 +39,7 @@ use crate::auth::Apps;
 use crate::config::GatewayConfig;
 use crate::event::{self, ConnId, Event, Inbox, ShardHandle};
 use crate::link::{Link, Underway};
+use crate::listeners::LiveSettings;
 use crate::metrics::{AppCounts, AppTotals, Counts, Metrics};
 use conn::{Conn, conn_id};
 use timers::{TICK, Tick, Timers};
@@ -68,19 +71,13 @@ pub struct Shared {
     pub next_connection: AtomicU64,
 }
 
-/// A listening socket of one shard.
-pub struct Listener {
-    pub socket: std::net::TcpListener,
-    pub is_websocket: bool,
-}
-
 pub struct Shard {
     index: usize,
     shared: Arc<Shared>,
     link: Link,
     poll: Poll,
     inbox: Inbox,
-    listeners: Vec<(TcpListener, bool)>,
+    listeners: HashMap<usize, (TcpListener, LiveSettings)>,
     /// Listeners that may have more to accept, and when accepting may go on after it failed.
     accept_again: Vec<usize>,
     accept_paused_until: Option<Instant>,
@@ -105,28 +102,20 @@ pub struct Shard {
     /// SUBSCRIBEs that wait for routes, and until when.
     awaiting_routes: VecDeque<(Tick, Arc<Underway>)>,
     jobs: Vec<broadcast::Job>,
+    /// Connections whose TLS handshake has something to go on with, and their generations.
+    handshakes: VecDeque<(u32, u32)>,
     buffer: Vec<u8>,
+    /// What one read of a connection over TLS has brought.
+    plain: Vec<u8>,
     scratch: Vec<u8>,
     stopping: Option<oneshot::Sender<()>>,
 }
 
 impl Shard {
     /// Makes a shard; [`run`](Self::run) is to be called on a thread of its own.
-    pub fn new(
-        index: usize,
-        shared: Arc<Shared>,
-        link: Link,
-        listeners: Vec<Listener>,
-    ) -> io::Result<(Shard, ShardHandle)> {
+    pub fn new(index: usize, shared: Arc<Shared>, link: Link) -> io::Result<(Shard, ShardHandle)> {
         let poll = Poll::new()?;
         let (handle, inbox) = event::inbox(mio::Waker::new(poll.registry(), BELL)?);
-        let mut registered = Vec::new();
-        for (i, listener) in listeners.into_iter().enumerate() {
-            listener.socket.set_nonblocking(true)?;
-            let mut socket = TcpListener::from_std(listener.socket);
-            poll.registry().register(&mut socket, Token(LISTENERS + i), Interest::READABLE)?;
-            registered.push((socket, listener.is_websocket));
-        }
         let started = Instant::now();
         let config = shared.config.load_full();
         let shard = Shard {
@@ -135,7 +124,7 @@ impl Shard {
             link,
             poll,
             inbox,
-            listeners: registered,
+            listeners: HashMap::new(),
             accept_again: Vec::new(),
             accept_paused_until: None,
             conns: Slab::new(),
@@ -155,7 +144,9 @@ impl Shard {
             retry: Vec::new(),
             awaiting_routes: VecDeque::new(),
             jobs: Vec::new(),
+            handshakes: VecDeque::new(),
             buffer: vec![0; READ_BUFFER_BYTES],
+            plain: Vec::new(),
             scratch: Vec::new(),
             stopping: None,
         };
@@ -199,6 +190,7 @@ impl Shard {
                 }
             }
             self.accept(present);
+            self.shake_hands();
             self.inbox.answer();
             // What is posted meanwhile, by this shard itself too, is for the next round.
             for _ in 0..self.inbox.len().min(INBOX_BUDGET) {
@@ -231,6 +223,7 @@ impl Shard {
     fn timeout(&self) -> Duration {
         let unfinished = !self.inbox.is_empty()
             || !self.dirty.is_empty()
+            || !self.handshakes.is_empty()
             || (!self.accept_again.is_empty() && self.accept_paused_until.is_none());
         if unfinished {
             Duration::ZERO
@@ -257,6 +250,11 @@ impl Shard {
             Event::Kick { conn, reason, then } => self.kick(conn, reason, then),
             Event::Proceed { conn } => self.proceed(conn),
             Event::AnnounceSessions(announcement) => self.announce_sessions(&announcement),
+            Event::Listen { id, socket, settings } => self.listen(id, socket, settings),
+            Event::Unlisten { id, done } => {
+                self.unlisten(id);
+                let _ = done.send(());
+            }
             Event::SaverChanged => self.claim_sessions(),
             Event::Stop(done) => self.stopping = Some(done),
         }
@@ -323,9 +321,4 @@ impl Shard {
         self.each_second();
         let _ = done.send(());
     }
-}
-
-/// Addresses of a socket that are not there: it is on its way out.
-fn peer(stream: &mio::net::TcpStream) -> SocketAddr {
-    stream.peer_addr().unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)))
 }

@@ -3,6 +3,7 @@
 //! A test reads as a story: start a [`Server`], let some program speak with it, assert what came out. Nothing here
 //! knows how Carillon works inside.
 
+pub mod certificates;
 pub mod mqtt;
 pub mod server;
 pub mod tools;

@@ -55,6 +55,9 @@ pub fn carillon(arguments: &[&str]) -> Command {
 pub struct Addresses {
     pub mqtt: SocketAddr,
     pub ws: SocketAddr,
+    /// Over TLS, if it was started so.
+    pub mqtts: Option<SocketAddr>,
+    pub wss: Option<SocketAddr>,
     /// `http://…` of the API and the console.
     pub http: String,
     /// `http://…` of metrics and health.
@@ -271,6 +274,8 @@ async fn launch(
     let addresses = Addresses {
         mqtt: address("mqtt")?,
         ws: address("ws")?,
+        mqtts: said["mqtts"].is_string().then(|| address("mqtts")).transpose()?,
+        wss: said["wss"].is_string().then(|| address("wss")).transpose()?,
         http: text("endpoint")?,
         ops: text("ops")?,
         keeper: text("keeper")?,

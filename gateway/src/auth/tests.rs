@@ -43,6 +43,11 @@ fn in_an_hour() -> u64 {
     carillon_proto::now_ms() / 1000 + 3600
 }
 
+/// A device without a certificate.
+fn admit(connect: &Connect<'_>, apps: &Apps, leeway_seconds: u32) -> Result<Admitted, Refusal> {
+    super::admit(connect, None, apps, leeway_seconds)
+}
+
 #[test]
 fn a_token_names_app_and_user() {
     let token = token(&json!({"app": "shop", "sub": "alice", "exp": in_an_hour()}), SECRET);
@@ -135,4 +140,27 @@ fn topics_of_the_root_app_may_leave_it_out() {
     assert_eq!(resolve("demo", true, "hello"), Some(("demo/hello".into(), true)));
     assert_eq!(resolve("demo", true, "demo/hello"), Some(("demo/hello".into(), false)));
     assert_eq!(resolve("shop", false, "hello"), None);
+}
+
+#[test]
+fn a_certificate_names_the_user() {
+    let apps = apps();
+    let app = apps.keys().next().unwrap().clone();
+    let certificate = |app: &str, user: &str| {
+        Some(CertificateUser { app: app.to_owned(), user: user.to_owned(), not_after: 4_000_000_000 })
+    };
+    let admitted =
+        super::admit(&connect("phone", Some("mallory"), None), certificate(&app, "alice"), &apps, 60);
+    let admitted = admitted.unwrap();
+    assert_eq!((&*admitted.app, &*admitted.user, admitted.expires), (&*app, "alice", 4_000_000_000));
+    for (app, user, reason) in [("nobody", "alice", 0x87), (&*app, "a/b", 0x86), (&*app, "$sys", 0x86)] {
+        let refusal =
+            super::admit(&connect("phone", None, None), certificate(app, user), &apps, 60).unwrap_err();
+        assert_eq!(refusal.reason, reason, "{}", refusal.text);
+    }
+    // A token, if there is one, decides.
+    let refusal =
+        super::admit(&connect("phone", None, Some(b"no token")), certificate(&app, "alice"), &apps, 60)
+            .unwrap_err();
+    assert_eq!(refusal.reason, 0x86);
 }

@@ -1,6 +1,8 @@
 //! New connections.
 
 use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,9 +10,28 @@ use mio::{Interest, Token};
 
 use super::conn::Conn;
 use super::timers::{Entry, ticks};
-use super::{ACCEPT_BUDGET, Shard};
+use super::{ACCEPT_BUDGET, LISTENERS, Shard};
+use crate::listeners::{LiveSettings, Settings};
 
 impl Shard {
+    pub(super) fn listen(&mut self, id: usize, socket: TcpListener, settings: LiveSettings) {
+        let mut socket = mio::net::TcpListener::from_std(socket);
+        match self.poll.registry().register(&mut socket, Token(LISTENERS + id), Interest::READABLE) {
+            Ok(()) => {
+                self.listeners.insert(id, (socket, settings));
+            }
+            Err(error) => tracing::error!(shard = self.index, %error, "a listener cannot be served"),
+        }
+    }
+
+    /// Closes the socket; who is in its queue is accepted before that.
+    pub(super) fn unlisten(&mut self, id: usize) {
+        self.accept_again.push(id);
+        self.accept_paused_until = None;
+        self.accept(Instant::now());
+        self.listeners.remove(&id);
+    }
+
     pub(super) fn accept(&mut self, present: Instant) {
         if self.accept_paused_until.is_some_and(|until| present < until) {
             return;
@@ -22,11 +43,12 @@ impl Shard {
                     self.accept_again.push(listener);
                     break;
                 }
-                let (socket, is_websocket) = &self.listeners[listener];
+                // One that is gone has had its connections accepted before.
+                let Some((socket, settings)) = self.listeners.get(&listener) else { break };
                 match socket.accept() {
                     Ok((stream, _)) => {
-                        let is_websocket = *is_websocket;
-                        if let Err(error) = self.accepted(stream, is_websocket) {
+                        let settings = settings.load_full();
+                        if let Err(error) = self.accepted(stream, &settings) {
                             tracing::debug!(%error, "connection could not be set up");
                         }
                     }
@@ -44,7 +66,11 @@ impl Shard {
         }
     }
 
-    pub(super) fn accepted(&mut self, mut stream: mio::net::TcpStream, is_websocket: bool) -> io::Result<()> {
+    pub(super) fn accepted(
+        &mut self,
+        mut stream: mio::net::TcpStream,
+        settings: &Arc<Settings>,
+    ) -> io::Result<()> {
         stream.set_nodelay(true)?;
         self.next_generation = self.next_generation.wrapping_add(1);
         let generation = self.next_generation;
@@ -52,7 +78,7 @@ impl Shard {
         let index = entry.key();
         // Both at once, edge-triggered: an idle socket costs no further call for either.
         self.poll.registry().register(&mut stream, Token(index), Interest::READABLE | Interest::WRITABLE)?;
-        entry.insert(Conn::new(stream, generation, is_websocket, self.now));
+        entry.insert(Conn::new(stream, generation, settings, self.now));
         self.shared.connections.fetch_add(1, Ordering::Relaxed);
         let deadline = self.now + ticks(Duration::from_millis(self.config.connect_timeout_ms.into()));
         self.timers.add(deadline, Entry { index: index as u32, generation, once: true });

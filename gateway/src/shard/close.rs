@@ -22,6 +22,10 @@ pub enum Reason {
     Refused,
     /// Not MQTT, or not WebSocket: nothing can be said.
     Malformed,
+    /// No PROXY protocol header, or not a right one, where a proxy connects.
+    Proxy,
+    /// The handshake failed, or a record cannot be opened.
+    Tls,
     ConnectTimeout,
     KeepAliveTimeout,
     WriteTimeout,
@@ -44,6 +48,8 @@ impl Reason {
             Reason::Network => "network",
             Reason::Refused => "refused",
             Reason::Malformed => "malformed",
+            Reason::Proxy => "proxy_protocol",
+            Reason::Tls => "tls",
             Reason::ConnectTimeout => "connect_timeout",
             Reason::KeepAliveTimeout => "keep_alive_timeout",
             Reason::WriteTimeout => "write_timeout",
@@ -114,7 +120,7 @@ impl Shard {
         }
         let id = self.id(index);
         let mut conn = self.conns.remove(index as usize);
-        tracing::debug!(peer = %super::peer(&conn.stream), reason = why.label(), "connection ends");
+        tracing::debug!(peer = %conn.peer(), reason = why.label(), "connection ends");
         if conn.phase == Phase::Live && conn.version == Version::V5 {
             self.scratch.clear();
             if let Some(code) = why.code() {
@@ -123,8 +129,12 @@ impl Shard {
                 let _ = conn.send(&self.scratch, self.round, self.now);
             }
         }
+        conn.say_end(self.now);
         // What is queued has had its chance if the socket takes it now.
         let _ = conn.flush(self.now);
+        if conn.phase == Phase::Securing && why != Reason::Tls {
+            self.count_handshake(why.label());
+        }
         let _ = self.poll.registry().deregister(&mut conn.stream);
         let _ = conn.stream.shutdown(Shutdown::Write);
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);

@@ -9,6 +9,7 @@ use carillon_proto::v1;
 use mio::net::TcpStream;
 use smallvec::SmallVec;
 
+use super::layers::{Layers, first_phase};
 use super::outbound::Outbound;
 use super::timers::Tick;
 use super::topics::{SubOptions, SubRef, TopicId};
@@ -16,11 +17,15 @@ use crate::auth::Rights;
 use crate::codec::Version;
 use crate::delivery::Delivery;
 use crate::event::ConnId;
-use crate::websocket;
+use crate::listeners::Settings;
 
 /// Where a connection is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
+    /// Behind a proxy only: the PROXY protocol's header is not complete.
+    Proxied,
+    /// TLS only: the handshake is not done.
+    Securing,
     /// WebSocket only: the HTTP request is not complete.
     Upgrading,
     /// No CONNECT yet.
@@ -57,7 +62,8 @@ pub struct Conn {
     /// Bytes of a packet that is not complete, or that is not handled yet.
     pub partial: Option<Box<Vec<u8>>>,
     pub out: Option<Box<Outbound>>,
-    pub websocket: Option<websocket::Decoder>,
+    /// What is between the socket and MQTT.
+    pub layers: Option<Box<Layers>>,
     pub session: Option<Box<Session>>,
     pub subs: SmallVec<[SubRef; 1]>,
 }
@@ -197,11 +203,11 @@ pub enum PendingEntry {
 }
 
 impl Conn {
-    pub fn new(stream: TcpStream, generation: u32, is_websocket: bool, now: Tick) -> Self {
+    pub fn new(stream: TcpStream, generation: u32, settings: &Arc<Settings>, now: Tick) -> Self {
         Conn {
             stream,
             generation,
-            phase: if is_websocket { Phase::Upgrading } else { Phase::Connecting },
+            phase: first_phase(settings),
             version: Version::V5,
             is_paused: false,
             readable: false,
@@ -216,7 +222,7 @@ impl Conn {
             keep_alive: 0,
             partial: None,
             out: None,
-            websocket: None,
+            layers: Layers::on_arrival(settings),
             session: None,
             subs: SmallVec::new(),
         }

@@ -29,7 +29,8 @@ impl Shard {
             let text = format!("the gateway holds its {} connections already", self.config.max_connections);
             Err(Refusal { reason: reason::SERVER_BUSY, text })
         } else {
-            auth::admit(connect, &apps, self.config.token_leeway_seconds)
+            let certificate = conn.take_certificate_user();
+            auth::admit(connect, certificate, &apps, self.config.token_leeway_seconds)
                 .and_then(|admitted| self.will(connect, &admitted, &apps).map(|will| (admitted, will)))
         };
         let (admitted, will) = match admitted {
@@ -40,6 +41,7 @@ impl Shard {
         let (key, connection) = (session.key, session.connection);
         let conn = &mut self.conns[index as usize];
         conn.session = Some(Box::new(session));
+        conn.forget_arrival();
         conn.phase = Phase::Opening;
         self.link.cancel_will(key);
         let id = self.id(index);
@@ -74,7 +76,7 @@ impl Shard {
             Version::V4 => self.config.default_session_expiry_seconds,
         };
         let app_index = self.app_index(&admitted.app);
-        let address: SocketAddr = super::peer(&self.conns[index as usize].stream);
+        let address = self.conns[index as usize].peer();
         Session {
             key: session_key(&admitted.app, &admitted.user, &admitted.client_id),
             app: self.apps[app_index as usize].0.clone(),
@@ -304,7 +306,7 @@ impl Shard {
     /// Answers a CONNECT with a refusal and closes.
     pub(super) fn refuse(&mut self, index: u32, reason: u8, text: &str) {
         let conn = &self.conns[index as usize];
-        tracing::debug!(peer = %super::peer(&conn.stream), reason, text, "connect refused");
+        tracing::debug!(peer = %conn.peer(), reason, text, "connect refused");
         self.link.metrics().connects.with_label_values(&[&format!("{reason:#04x}")]).inc();
         self.scratch.clear();
         let properties = ConnAckProperties { reason_string: Some(text), ..ConnAckProperties::default() };

@@ -94,6 +94,9 @@ impl Conn {
     /// Sends bytes of the connection's protocol, at once if this is the first time in this round, else at its end.
     /// `Err`: the socket is gone.
     pub fn send(&mut self, bytes: &[u8], round: u32, now: Tick) -> io::Result<Sent> {
+        if self.is_tls() {
+            return self.send_sealed(bytes, round, now);
+        }
         if self.goes_at_once(round) {
             return self.send_now(bytes, now);
         }
@@ -103,6 +106,9 @@ impl Conn {
 
     /// As [`send`](Self::send), for a frame that is shared with other connections.
     pub fn send_shared(&mut self, bytes: &Arc<[u8]>, round: u32, now: Tick) -> io::Result<Sent> {
+        if self.is_tls() {
+            return self.send_sealed(bytes, round, now);
+        }
         if self.goes_at_once(round) {
             return self.send_now(bytes, now);
         }
@@ -118,9 +124,10 @@ impl Conn {
 
     /// Where so many bytes are to be queued, a WebSocket header before them.
     fn queue(&mut self, bytes: usize, now: Tick) -> &mut Outbound {
+        let is_websocket = self.is_websocket();
         let out =
             self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
-        if self.websocket.is_some() {
+        if is_websocket {
             let (header, len) = websocket::header(bytes);
             out.push(&header[..len]);
         }
@@ -131,8 +138,7 @@ impl Conn {
         if self.is_deaf {
             return Ok(Sent::All);
         }
-        let (header, len) =
-            if self.websocket.is_some() { websocket::header(bytes.len()) } else { ([0; 10], 0) };
+        let (header, len) = if self.is_websocket() { websocket::header(bytes.len()) } else { ([0; 10], 0) };
         let written = write_slices(self.stream.as_raw_fd(), &[&header[..len], bytes])?;
         if written == len + bytes.len() {
             return Ok(Sent::All);
@@ -148,8 +154,49 @@ impl Conn {
         Ok(Sent::Queued)
     }
 
-    /// Queues bytes as they are, without WebSocket framing (handshakes, pongs).
+    /// Over TLS: sealed now, for records have an order, and sent as they are from then on.
+    fn send_sealed(&mut self, bytes: &[u8], round: u32, now: Tick) -> io::Result<Sent> {
+        if self.is_deaf {
+            return Ok(Sent::All);
+        }
+        let is_websocket = self.is_websocket();
+        let Some(tls) = self.tls() else { return Ok(Sent::All) };
+        let (header, len) = if is_websocket { websocket::header(bytes.len()) } else { ([0; 10], 0) };
+        let sealed = tls.seal(&header[..len], bytes)?;
+        let mut offset = 0;
+        let at_once = self.goes_at_once(round);
+        if at_once {
+            offset = write_slices(self.stream.as_raw_fd(), &[&sealed])?;
+            if offset == sealed.len() {
+                return Ok(Sent::All);
+            }
+        }
+        let out =
+            self.out.get_or_insert_with(|| Box::new(Outbound { progressed: now, ..Outbound::default() }));
+        out.is_blocked |= at_once;
+        out.push(&sealed[offset..]);
+        Ok(Sent::Queued)
+    }
+
+    /// TLS only: says that no more is sent, so that nobody can have cut it short (RFC 8446 §6.1).
+    pub fn say_end(&mut self, now: Tick) {
+        // Whom nothing can be said to any more is gone.
+        if let Some(Ok(end)) = self.tls().map(super::tls::Tls::close_notify) {
+            let _ = self.send_wire(&end, now);
+        }
+    }
+
+    /// Queues bytes without WebSocket framing (handshakes, pongs).
     pub fn send_raw(&mut self, bytes: &[u8], now: Tick) -> io::Result<Sent> {
+        if let Some(tls) = self.tls() {
+            let sealed = tls.seal(&[], bytes)?;
+            return self.send_wire(&sealed, now);
+        }
+        self.send_wire(bytes, now)
+    }
+
+    /// Queues bytes as they are for the socket.
+    pub fn send_wire(&mut self, bytes: &[u8], now: Tick) -> io::Result<Sent> {
         if self.is_deaf {
             return Ok(Sent::All);
         }

@@ -13,11 +13,20 @@ const READ_BUDGET: usize = 8;
 
 impl Shard {
     pub(super) fn readable(&mut self, index: u32) {
+        self.read(index, false);
+    }
+
+    /// `may_shake_hands`: else a TLS handshake waits for its turn.
+    pub(super) fn read(&mut self, index: u32, may_shake_hands: bool) {
         let mut buffer = std::mem::take(&mut self.buffer);
         for turn in 0.. {
             let Some(conn) = self.conns.get_mut(index as usize) else { break };
             if conn.is_paused || conn.is_doomed {
                 conn.readable = true;
+                break;
+            }
+            if conn.phase == Phase::Securing && !may_shake_hands {
+                self.handshakes.push_back((index, conn.generation));
                 break;
             }
             if turn == READ_BUDGET {
@@ -34,7 +43,6 @@ impl Shard {
                 }
                 Ok(count) => {
                     conn.last_read = self.now;
-                    self.counts.bytes_in += count as u64;
                     self.received(index, &mut buffer[..count]);
                     // A read that did not fill the buffer has emptied the socket, but for the end that may be behind it.
                     let ends = self.conns.get(index as usize).is_some_and(|conn| conn.has_hung_up);
@@ -68,12 +76,26 @@ impl Shard {
         }
     }
 
-    fn received(&mut self, index: u32, bytes: &mut [u8]) {
-        let conn = &mut self.conns[index as usize];
+    pub(super) fn received(&mut self, index: u32, bytes: &mut [u8]) {
+        let conn = &self.conns[index as usize];
+        match conn.phase {
+            Phase::Proxied => self.proxied(index, bytes),
+            Phase::Securing => self.secured(index, bytes),
+            _ if conn.is_tls() => self.secured(index, bytes),
+            _ => {
+                self.counts.bytes_in += bytes.len() as u64;
+                self.clear(index, bytes);
+            }
+        }
+    }
+
+    /// Bytes as they are inside of TLS.
+    pub(super) fn clear(&mut self, index: u32, bytes: &mut [u8]) {
+        let conn = &self.conns[index as usize];
         if conn.phase == Phase::Upgrading {
             return self.upgrade(index, bytes);
         }
-        if conn.websocket.is_none() {
+        if !conn.is_websocket() {
             return self.with_partial(index, bytes);
         }
         self.unframe(index, bytes);
@@ -91,7 +113,7 @@ impl Shard {
                 if conn.send_raw(&response, now).is_err() {
                     return self.close(index, Reason::Network);
                 }
-                conn.websocket = Some(websocket::Decoder::new());
+                conn.layers.get_or_insert_default().websocket = Some(websocket::Decoder::new());
                 if consumed < request.len() {
                     self.unframe(index, &mut request[consumed..]);
                 }
@@ -107,7 +129,7 @@ impl Shard {
     fn unframe(&mut self, index: u32, bytes: &mut [u8]) {
         let now = self.now;
         let conn = &mut self.conns[index as usize];
-        let Some(decoder) = &mut conn.websocket else { return };
+        let Some(decoder) = conn.websocket() else { return };
         let mut replies = Vec::new();
         let decoded = decoder.decode(bytes, self.config.max_packet_bytes.saturating_add(1024), &mut replies);
         if !decoded.data.is_empty() {
@@ -184,7 +206,7 @@ impl Shard {
 
     fn malformed(&mut self, index: u32, error: &DecodeError) {
         let conn = &self.conns[index as usize];
-        tracing::debug!(peer = %super::peer(&conn.stream), %error, "malformed packet");
+        tracing::debug!(peer = %conn.peer(), %error, "malformed packet");
         if conn.phase == Phase::Connecting {
             return self.close(index, Reason::Malformed);
         }

@@ -392,6 +392,22 @@ impl Board {
         }
     }
 
+    /// Notes what is in the way of a document that was applied; true if that is news. A revision that was refused as a
+    /// whole stays so.
+    pub fn report_problem(&mut self, document: &str, problem: Option<String>) -> bool {
+        let Some(entry) = self.applied.get_mut(document) else { return false };
+        let record = &mut entry.record;
+        let is_refused = record.refused_revision > record.applied_revision;
+        let problem = problem.unwrap_or_default();
+        if is_refused || record.refusal == problem {
+            return false;
+        }
+        record.refused_revision = if problem.is_empty() { 0 } else { record.applied_revision };
+        record.refusal = problem;
+        entry.told = false;
+        true
+    }
+
     fn publish_documents(&mut self) {
         for sink in self.sinks.values_mut() {
             sink.publish();

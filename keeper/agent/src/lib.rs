@@ -228,6 +228,14 @@ impl Agent {
         receiver
     }
 
+    /// What is in the way of a document that was applied (an address in use, a file that is missing); none once nothing
+    /// is. It is told to the keeper as what this process refuses of the revision.
+    pub fn report_problem(&self, document: &str, problem: Option<String>) {
+        if self.shared.board.lock().report_problem(document, problem) {
+            self.shared.wake();
+        }
+    }
+
     /// All documents of a named kind, by name.
     ///
     /// # Panics
