@@ -52,6 +52,29 @@ fn registered() -> Board {
 }
 
 #[test]
+fn what_is_in_the_way_of_a_document_is_told_until_it_is_not() {
+    let mut board = Board::new();
+    board.config::<Gate>();
+    assert!(!board.report_problem("gate", Some("too early".into())));
+    board.replace("c".into(), vec![document(1, "limit: 5")], 0);
+    let told = |board: &mut Board| {
+        let report = board.untold(9);
+        board.told(&report);
+        report.into_iter().map(|one| (one.applied_revision, one.refused_revision, one.refusal)).collect::<Vec<_>>()
+    };
+    told(&mut board);
+    assert!(board.report_problem("gate", Some("a port is in use".into())));
+    assert_eq!(told(&mut board), [(1, 1, "a port is in use".into())]);
+    assert!(!board.report_problem("gate", Some("a port is in use".into())), "no news");
+    assert!(board.report_problem("gate", None));
+    assert_eq!(told(&mut board), [(1, 0, String::new())]);
+    // A revision that was refused as a whole is what counts.
+    board.events(2, &[document(2, "limit: no")], 0);
+    assert!(!board.report_problem("gate", Some("a port is in use".into())));
+    assert_eq!(told(&mut board)[0].1, 2);
+}
+
+#[test]
 fn a_document_is_applied_refused_and_taken_away() {
     let mut board = Board::new();
     let mut gate = board.config::<Gate>();
