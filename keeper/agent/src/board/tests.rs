@@ -60,7 +60,10 @@ fn what_is_in_the_way_of_a_document_is_told_until_it_is_not() {
     let told = |board: &mut Board| {
         let report = board.untold(9);
         board.told(&report);
-        report.into_iter().map(|one| (one.applied_revision, one.refused_revision, one.refusal)).collect::<Vec<_>>()
+        report
+            .into_iter()
+            .map(|one| (one.applied_revision, one.refused_revision, one.refusal))
+            .collect::<Vec<_>>()
     };
     told(&mut board);
     assert!(board.report_problem("gate", Some("a port is in use".into())));
