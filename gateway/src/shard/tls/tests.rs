@@ -211,3 +211,35 @@ fn garbage_never_panics() {
         }
     }
 }
+
+#[test]
+fn a_record_that_was_changed_ends_the_connection() {
+    for versions in [&[&rustls::version::TLS13][..], &[&rustls::version::TLS12]] {
+        let (settings, config) = settings(versions);
+        // The length and all that is sealed; the version above it says nothing (RFC 8446 §5.1).
+        for at in 3..31 {
+            let (mut tls, mut client) = (Tls::new(&settings).unwrap(), client(&config));
+            say(&mut tls, &mut client, 100_000);
+            client.writer().write_all(b"a publish").unwrap();
+            client.send_close_notify();
+            let mut records = wire_of(&mut client);
+            records[at] ^= 0x55;
+            let (mut plain, mut wire) = (Vec::new(), Vec::new());
+            let mut last = Received::Open;
+            for piece in records.chunks_mut(11) {
+                last = tls.receive(piece, &mut plain, &mut wire);
+                let _ = tls.seal(&[], b"an answer");
+            }
+            assert!(plain.is_empty(), "{plain:?}");
+            // One that is said to be longer waits for bytes that never come.
+            let is_waiting = at < 5 && last == Received::Open;
+            assert!(is_waiting || matches!(last, Received::Failed(_)), "byte {at}: {last:?}");
+            let _ = tls.close_notify();
+            if let Received::Failed(_) = last {
+                let again = tls.receive(&mut [0; 10], &mut plain, &mut wire);
+                assert!(matches!(again, Received::Failed(_)));
+                assert_eq!(tls.seal(&[], b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+            }
+        }
+    }
+}
