@@ -67,21 +67,6 @@ def behind_a_proxy():
             sys.stdin.readline()
 
 
-def quiet_connections():
-    """So many idle connections at once: `COUNT` in place of the certificate."""
-    context = ssl.create_default_context(cafile=CA)
-    held = []
-    for number in range(int(CERTIFICATE)):
-        tls = context.wrap_socket(socket.create_connection((HOST, PORT), timeout=TIMEOUT), server_hostname=HOST)
-        name = f"quiet-{number}".encode()
-        body = b"\0\4MQTT\4\2\0\0" + struct.pack(">H", len(name)) + name
-        tls.sendall(b"\x10" + bytes([len(body)]) + body)
-        assert tls.recv(4) == b"\x20\x02\0\0"
-        held.append(tls)
-    print("connected", flush=True)
-    sys.stdin.readline()
-
-
 if __name__ == "__main__":
     name, HOST, PORT, CA = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     CERTIFICATE, KEY = (sys.argv[5:7] + [None, None])[:2]
