@@ -120,9 +120,9 @@ async fn mosquitto_over_tls() {
     }
     metric_reaches(&server, r#"carillon_gateway_tls_handshakes_total{result="full"}"#, 4.0).await;
     // Who does not know the authority says so and goes.
-    let other = Authority::new().ca();
-    let stranger =
-        mosquitto("mosquitto_pub", mqtts, "5", &["--cafile", &other, "-t", "x", "-m", "x"]).unwrap();
+    let other = Authority::new();
+    let stranger = ["--cafile", &other.ca(), "-t", "x", "-m", "x"];
+    let stranger = mosquitto("mosquitto_pub", mqtts, "5", &stranger).unwrap();
     assert!(!run(stranger).await.status.success());
     metric_reaches(&server, r#"carillon_gateway_tls_handshakes_total{result="refused_by_client"}"#, 1.0)
         .await;
@@ -524,6 +524,42 @@ async fn listeners_come_and_go() {
     Raw::device(server.addresses().mqtt, 5, "always").await;
     pings(&mut before).await;
     pings(&mut held).await;
+}
+
+#[tokio::test]
+async fn discovery_follows_the_listeners() {
+    let authority = Authority::new();
+    let pair = authority.server("server", "server", &LOCAL);
+    let server = Server::start().await;
+    let tls = json!({ "certificates": [{ "certificate": pair.certificate, "key": pair.key }] });
+    let named = async |scheme: &'static str, expected: Option<String>| {
+        let url = format!("{}/v1/endpoints?device=x", server.addresses().http);
+        eventually("the dispatcher names it", || async {
+            let said: Value = reqwest::get(&url).await.unwrap().json().await.unwrap();
+            let url = said["endpoints"][0][scheme].as_str().map(str::to_owned);
+            if url == expected { Ok(()) } else { Err(url) }
+        })
+        .await;
+    };
+    named("mqtts", None).await;
+    configure(
+        &server,
+        json!([
+            { "name": "one", "protocol": "mqtts", "address": "127.0.0.1:0", "tls": tls },
+            { "name": "two", "protocol": "wss", "address": "127.0.0.1:0", "tls": tls,
+              "advertise": "push.example.com:443" },
+        ]),
+        json!({}),
+    )
+    .await;
+    let one = opened(&server, "one", 1).await;
+    named("mqtts", Some(format!("mqtts://{one}"))).await;
+    named("wss", Some("wss://push.example.com:443/mqtt".to_owned())).await;
+    named("mqtt", Some(format!("mqtt://{}", server.addresses().mqtt))).await;
+    configure(&server, json!([]), json!({})).await;
+    named("mqtts", None).await;
+    named("wss", None).await;
+    named("ws", Some(format!("ws://{}/mqtt", server.addresses().ws))).await;
 }
 
 #[tokio::test]
