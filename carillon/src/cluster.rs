@@ -8,6 +8,7 @@ use anyhow::Context;
 use carillon_agent::admin::Admin;
 use carillon_agent::app::App;
 use carillon_agent::document::DocumentKind;
+use carillon_agent::revoked::Revoked;
 use carillon_agent::{Agent, Role};
 use carillon_gateway::config::GatewayConfig;
 use carillon_gateway::listeners::config::Protocol;
@@ -29,7 +30,12 @@ const KEEPER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Every kind of document that there is.
 fn document_kinds() -> Vec<DocumentKind> {
-    vec![DocumentKind::of::<GatewayConfig>(), DocumentKind::of::<HubConfig>(), DocumentKind::of::<App>()]
+    vec![
+        DocumentKind::of::<GatewayConfig>(),
+        DocumentKind::of::<HubConfig>(),
+        DocumentKind::of::<App>(),
+        DocumentKind::of::<Revoked>(),
+    ]
 }
 
 /// Starts the keeper on a listener; its data is in `keeper` below the data directory.

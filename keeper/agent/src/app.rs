@@ -117,6 +117,12 @@ pub struct AppLimits {
     pub broadcast_rate_per_second: f64,
     /// Pushes that a backend may make per second, per center; 0 = no limit.
     pub push_rate_per_second: u32,
+    /// Connections of this app that one gateway holds; a CONNECT above it is refused; 0 = no limit of its own.
+    pub max_connections_per_gateway: u32,
+    /// PUBLISH packets per second of one connection, instead of the `gateway` document's; 0 = no limit.
+    pub publish_messages_per_second: Option<u32>,
+    /// Payload bytes per second of one connection's PUBLISH packets, instead of the `gateway` document's; 0 = no limit.
+    pub publish_bytes_per_second: Option<u32>,
 }
 
 impl Default for AppLimits {
@@ -125,6 +131,9 @@ impl Default for AppLimits {
             max_payload_bytes: 256 * 1024,
             broadcast_rate_per_second: 10_000.0,
             push_rate_per_second: 0,
+            max_connections_per_gateway: 0,
+            publish_messages_per_second: None,
+            publish_bytes_per_second: None,
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod admin;
 pub mod app;
 pub mod document;
 pub mod keys;
+pub mod revoked;
 
 mod board;
 mod link;
@@ -253,6 +254,11 @@ impl Agent {
 
     pub fn slots(&self) -> Live<SlotMap> {
         self.shared.board.lock().slots()
+    }
+
+    /// The other side, for what a process changes itself.
+    pub fn admin(&self) -> admin::Admin {
+        admin::Admin::new(self.shared.keepers.clone())
     }
 
     /// Commands to this process's instances. One receiver a process: a later call takes over from the earlier one.
