@@ -1,15 +1,19 @@
 //! Who a device is and what it may do: its token or its anonymity, the app's rules, and how it names topics.
 
+mod keyring;
+mod token;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use carillon_agent::app::{App, TokenAlgorithm};
+use carillon_agent::app::App;
 use carillon_proto::topic;
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
-use serde::Deserialize;
 
 use crate::codec::{Connect, reason};
+
+pub use keyring::Keyring;
+pub use token::{Verified, verify};
 
 /// All apps, by name.
 pub type Apps = BTreeMap<String, Arc<App>>;
@@ -34,6 +38,27 @@ pub struct Admitted {
     pub rights: Option<Box<Rights>>,
     /// Unix time in seconds at which the token ends; the connection ends with it. 0 = never.
     pub expires: u64,
+    /// What a revocation is held against.
+    pub stamp: Stamp,
+}
+
+/// What is kept of a token to know it again when it is revoked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// Claim `iat`, Unix seconds; 0 if the token has none.
+    pub issued: u32,
+    /// [`token_id`] of claim `jti`; 0 if the token has none.
+    pub id: u64,
+}
+
+impl Stamp {
+    /// Of a device without a token: nothing that can be revoked.
+    pub const NONE: Stamp = Stamp { issued: u32::MAX, id: 0 };
+}
+
+/// A claim `jti` as it is kept for a connection.
+pub fn token_id(jti: &str) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(jti.as_bytes()).max(1)
 }
 
 /// Who a device's certificate says it is, at a listener where that counts.
@@ -50,25 +75,57 @@ pub struct CertificateUser {
 pub struct Refusal {
     pub reason: u8,
     pub text: String,
+    /// What was wrong with the credentials, if it is they that are refused.
+    pub failure: Option<Failure>,
+}
+
+/// What was wrong with credentials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// No token, where one is needed; or a user name that no user can have.
+    Missing,
+    /// The password is no JWT, or its claims are not those of a device token.
+    Malformed,
+    UnknownApp,
+    /// No key of the app has signed it.
+    Signature,
+    /// Signed by a key of the app, but its time is over, or has not come.
+    Expired,
+    Revoked,
+    /// For another client id, or another user than the connection's.
+    Mismatch,
+}
+
+impl Failure {
+    /// Its name in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Failure::Missing => "missing",
+            Failure::Malformed => "malformed",
+            Failure::UnknownApp => "unknown_app",
+            Failure::Signature => "signature",
+            Failure::Expired => "expired",
+            Failure::Revoked => "revoked",
+            Failure::Mismatch => "mismatch",
+        }
+    }
+
+    /// Could it be a guess? A token that a key of the app has signed is none: devices that share an address are not to
+    /// be shut out because tokens of some of them have expired.
+    pub fn is_guess(self) -> bool {
+        match self {
+            Failure::Missing | Failure::Malformed | Failure::UnknownApp | Failure::Signature => true,
+            Failure::Expired | Failure::Revoked | Failure::Mismatch => false,
+        }
+    }
 }
 
 fn refuse<T>(reason: u8, text: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal { reason, text: text.into() })
+    Err(Refusal { reason, text: text.into(), failure: None })
 }
 
-/// The claims of a device token (RFC 7519).
-#[derive(Debug, Deserialize)]
-struct Claims {
-    /// The app.
-    app: String,
-    /// The user.
-    sub: String,
-    exp: u64,
-    /// Filters below the app's level, instead of the app's `device_publish`.
-    publish: Option<Vec<String>>,
-    subscribe: Option<Vec<String>>,
-    /// When set, the only client id that may use the token.
-    client_id: Option<String>,
+fn fail<T>(failure: Failure, reason: u8, text: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { reason, text: text.into(), failure: Some(failure) })
 }
 
 /// Decides a CONNECT. The password is a token if it looks like one (three parts divided by dots); without a password
@@ -77,6 +134,7 @@ pub fn admit(
     connect: &Connect<'_>,
     certificate: Option<CertificateUser>,
     apps: &Apps,
+    keyring: &Keyring,
     leeway_seconds: u32,
 ) -> Result<Admitted, Refusal> {
     let (client_id, is_client_id_assigned) = if connect.client_id.is_empty() {
@@ -99,7 +157,9 @@ pub fn admit(
     match connect.password {
         // Some clients send an empty password with every user name.
         Some(token) if !token.is_empty() => {
-            with_token(token, client_id, is_client_id_assigned, apps, leeway_seconds)
+            let verified = verify(token, &client_id, apps, keyring, leeway_seconds)?;
+            let Verified { app, is_root, user, rights, expires, stamp } = verified;
+            Ok(Admitted { app, is_root, user, client_id, is_client_id_assigned, rights, expires, stamp })
         }
         _ => match certificate {
             Some(certificate) => with_certificate(certificate, client_id, is_client_id_assigned, apps),
@@ -118,12 +178,14 @@ fn anonymously(
     apps: &Apps,
 ) -> Result<Admitted, Refusal> {
     let Some((name, app)) = apps.iter().find(|(_, app)| app.root && app.anonymous_devices) else {
-        return refuse(reason::NOT_AUTHORIZED, "a token is required: send it as the password");
+        let text = "a token is required: send it as the password";
+        return fail(Failure::Missing, reason::NOT_AUTHORIZED, text);
     };
     let user = match username {
         Some(username) if !username.is_empty() => {
             if let Err(error) = topic::check_user(username) {
-                return refuse(reason::BAD_USER_NAME_OR_PASSWORD, format!("the user name {error}"));
+                let text = format!("the user name {error}");
+                return fail(Failure::Missing, reason::BAD_USER_NAME_OR_PASSWORD, text);
             }
             username.to_owned()
         }
@@ -138,7 +200,16 @@ fn anonymously(
     };
     debug_assert!(app.root);
     let app = Arc::from(name.as_str());
-    Ok(Admitted { app, is_root: true, user, client_id, is_client_id_assigned, rights: None, expires: 0 })
+    Ok(Admitted {
+        app,
+        is_root: true,
+        user,
+        client_id,
+        is_client_id_assigned,
+        rights: None,
+        expires: 0,
+        stamp: Stamp::NONE,
+    })
 }
 
 /// The authority that signed it has said who it is; the user name of the CONNECT says nothing.
@@ -155,107 +226,16 @@ fn with_certificate(
     if let Err(error) = topic::check_user(&user) {
         return refuse(reason::BAD_USER_NAME_OR_PASSWORD, format!("the certificate's user {error}"));
     }
-    let (app, is_root) = (Arc::from(name.as_str()), app.root);
-    Ok(Admitted { app, is_root, user, client_id, is_client_id_assigned, rights: None, expires: not_after })
-}
-
-fn with_token(
-    token: &[u8],
-    client_id: String,
-    is_client_id_assigned: bool,
-    apps: &Apps,
-    leeway_seconds: u32,
-) -> Result<Admitted, Refusal> {
-    const BAD: u8 = reason::BAD_USER_NAME_OR_PASSWORD;
-    let Ok(token) = std::str::from_utf8(token) else {
-        return refuse(BAD, "the password is not a token: not UTF-8");
-    };
-    let header = match jsonwebtoken::decode_header(token) {
-        Ok(header) => header,
-        Err(error) => return refuse(BAD, format!("the password is not a token: {error}")),
-    };
-    // Which app's keys to check it with is read from the token itself; nothing of it is believed before that check.
-    let claimed = match unverified_app(token) {
-        Ok(app) => app,
-        Err(text) => return refuse(BAD, text),
-    };
-    let Some(app) = apps.get(&claimed) else {
-        return refuse(reason::NOT_AUTHORIZED, "the token's app is not known");
-    };
-    let mut last = "the app has no key for the token's algorithm and key id".to_owned();
-    for key in &app.token_keys {
-        let (algorithm, decoding) = match key.algorithm {
-            TokenAlgorithm::HS256 => (Algorithm::HS256, Ok(DecodingKey::from_secret(key.key.as_bytes()))),
-            TokenAlgorithm::RS256 => (Algorithm::RS256, DecodingKey::from_rsa_pem(key.key.as_bytes())),
-            TokenAlgorithm::ES256 => (Algorithm::ES256, DecodingKey::from_ec_pem(key.key.as_bytes())),
-            TokenAlgorithm::EdDSA => (Algorithm::EdDSA, DecodingKey::from_ed_pem(key.key.as_bytes())),
-        };
-        if algorithm != header.alg || header.kid.as_ref().is_some_and(|kid| *kid != key.id) {
-            continue;
-        }
-        let decoding = match decoding {
-            Ok(decoding) => decoding,
-            Err(error) => {
-                tracing::warn!(app = %claimed, key = %key.id, %error, "a token key of the app cannot be used");
-                continue;
-            }
-        };
-        let mut validation = Validation::new(algorithm);
-        validation.leeway = leeway_seconds.into();
-        validation.validate_nbf = true;
-        validation.validate_aud = false;
-        validation.set_required_spec_claims(&["exp", "sub"]);
-        let claims = match jsonwebtoken::decode::<Claims>(token, &decoding, &validation) {
-            Ok(data) => data.claims,
-            Err(error) => {
-                last = format!("the token is refused: {error}");
-                continue;
-            }
-        };
-        if let Err(error) = topic::check_user(&claims.sub) {
-            return refuse(BAD, format!("the token's sub {error}"));
-        }
-        if claims.client_id.as_ref().is_some_and(|only| *only != client_id) {
-            return refuse(reason::CLIENT_IDENTIFIER_NOT_VALID, "the token is for another client id");
-        }
-        let filters = claims.publish.iter().flatten().chain(claims.subscribe.iter().flatten());
-        for filter in filters {
-            if let Err(error) = topic::check_filter(filter) {
-                return refuse(BAD, format!("the token's filter {filter:?} {error}"));
-            }
-        }
-        let (publish, subscribe) = (claims.publish, claims.subscribe);
-        let has_rights = publish.is_some() || subscribe.is_some();
-        let rights = has_rights.then(|| Box::new(Rights { publish, subscribe }));
-        let expires = claims.exp.saturating_add(leeway_seconds.into());
-        let app_name = Arc::from(claims.app.as_str());
-        let (is_root, user) = (app.root, claims.sub);
-        return Ok(Admitted {
-            app: app_name,
-            is_root,
-            user,
-            client_id,
-            is_client_id_assigned,
-            rights,
-            expires,
-        });
-    }
-    refuse(BAD, last)
-}
-
-fn unverified_app(token: &str) -> Result<String, String> {
-    use base64::Engine;
-    #[derive(Deserialize)]
-    struct AppClaim {
-        app: String,
-    }
-    let body = token.split('.').nth(1).unwrap_or_default();
-    let json = base64::engine::general_purpose::URL_SAFE_NO_PAD
-        .decode(body)
-        .map_err(|error| format!("the token's claims are not base64url: {error}"))?;
-    let claims: AppClaim = serde_json::from_slice(&json)
-        .map_err(|error| format!("the token's claims are not as expected: {error}"))?;
-    Ok(claims.app)
+    Ok(Admitted {
+        app: Arc::from(name.as_str()),
+        is_root: app.root,
+        user,
+        client_id,
+        is_client_id_assigned,
+        rights: None,
+        expires: not_after,
+        stamp: Stamp::NONE,
+    })
 }
 
 /// May the device publish to this topic (below the app's level)?
@@ -301,6 +281,11 @@ pub fn resolve(app: &str, is_root: bool, written: &str) -> Option<(String, bool)
     } else {
         None
     }
+}
+
+/// How many levels a topic or filter has.
+pub fn levels(full: &str) -> usize {
+    full.bytes().filter(|&b| b == b'/').count() + 1
 }
 
 /// What follows the app's level.

@@ -75,6 +75,11 @@ pub enum Event {
         reason: KickReason,
         then: Option<ConnId>,
     },
+    /// The user of a further app on this connection is to go, its session key says which.
+    KickGuest {
+        conn: ConnId,
+        key: u128,
+    },
     /// Go on: the session that this connection takes over is closed, or there is more to read.
     Proceed {
         conn: ConnId,

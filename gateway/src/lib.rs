@@ -3,6 +3,7 @@
 //! Devices are served by *shards*, threads that run an epoll loop each (`shard`); the hubs are spoken to on tokio
 //! (`link`). Between the two are a queue into each shard (`event`) and the table of routes (`routes`).
 
+mod admission;
 mod auth;
 pub mod codec;
 pub mod config;
@@ -11,6 +12,7 @@ mod event;
 mod link;
 pub mod listeners;
 pub mod metrics;
+mod overload;
 pub mod proxy_protocol;
 mod registration;
 mod routes;
@@ -19,23 +21,28 @@ mod shard;
 pub mod websocket;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use carillon_agent::app::App;
+use carillon_agent::revoked::Revoked;
 use carillon_agent::{Agent, Instance, Role};
 use carillon_proto::v1;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use admission::Admission;
+use auth::Keyring;
 use config::GatewayConfig;
 use event::{Event, ShardHandle};
 use link::Link;
 use listeners::config::{ListenerConfig, Protocol};
 use listeners::{ListenerError, Listeners};
 use metrics::{AppTotals, Metrics};
+use overload::Overload;
 use registration::Registration;
 use shard::{Shard, Shared};
 
@@ -91,9 +98,15 @@ impl Gateway {
         let stop = CancellationToken::new();
         let mut configs = agent.config::<GatewayConfig>();
         let mut apps = agent.configs::<App>();
+        let mut revoked = agent.configs::<Revoked>();
+        let (config, known) = (configs.borrow_and_update().clone(), apps.borrow_and_update().clone());
+        let keyring = Keyring::default().next(&known, &revoked.borrow_and_update());
         let shared = Arc::new(Shared {
-            config: ArcSwap::new(configs.borrow_and_update().clone()),
-            apps: ArcSwap::new(apps.borrow_and_update().clone()),
+            admission: Admission::new(&config, std::time::Instant::now()),
+            overload: Overload::default(),
+            config: ArcSwap::new(config),
+            apps: ArcSwap::new(known),
+            keyring: ArcSwap::from_pointee(keyring),
             metrics: metrics.clone(),
             totals: AppTotals::default(),
             connections: AtomicUsize::new(0),
@@ -144,11 +157,26 @@ impl Gateway {
             loop {
                 tokio::select! {
                     changed = configs.changed() => match changed {
-                        Ok(()) => followed.config.store(configs.borrow_and_update().clone()),
+                        Ok(()) => {
+                            let config = configs.borrow_and_update().clone();
+                            followed.admission.follow(&config);
+                            followed.config.store(config);
+                        }
                         Err(_) => return,
                     },
                     changed = apps.changed() => match changed {
-                        Ok(()) => followed.apps.store(apps.borrow_and_update().clone()),
+                        Ok(()) => {
+                            let apps = apps.borrow_and_update().clone();
+                            followed.keyring.store(Arc::new(followed.keyring.load().next(&apps, &revoked.borrow())));
+                            followed.apps.store(apps);
+                        }
+                        Err(_) => return,
+                    },
+                    changed = revoked.changed() => match changed {
+                        Ok(()) => {
+                            let next = followed.keyring.load().next(&apps.borrow(), &revoked.borrow_and_update());
+                            followed.keyring.store(Arc::new(next));
+                        }
                         Err(_) => return,
                     },
                     () = stopped.cancelled() => return,
@@ -215,6 +243,10 @@ async fn report(shared: Arc<Shared>, link: Link, stop: CancellationToken) {
             _ = tick.tick() => {}
             () = stop.cancelled() => return,
         }
+        shared.overload.sample(Path::new("/"), &shared.config.load().overload, link.metrics());
+        let (sources, blocked) = shared.admission.sizes(std::time::Instant::now());
+        link.metrics().source_addresses.set(sources as i64);
+        link.metrics().blocked_addresses.set(blocked as i64);
         let apps = shared.totals.snapshot();
         link.metrics().routes.set(link.routes().len() as i64);
         link.report(&v1::GatewayReport {
@@ -229,19 +261,9 @@ async fn report(shared: Arc<Shared>, link: Link, stop: CancellationToken) {
                     dropped: counts.dropped,
                 })
                 .collect(),
-            bytes_resident: resident_bytes(),
+            bytes_resident: overload::resident_bytes(Path::new("/")).unwrap_or(0),
         });
     }
-}
-
-/// Resident memory of this process; 0 where it cannot be read.
-fn resident_bytes() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|statm| statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()));
-    // SAFETY: sysconf has no preconditions.
-    let page_bytes = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
-    pages.unwrap_or(0) * page_bytes
 }
 
 /// A gateway needs a file for each connection: takes as many as the system allows this process.

@@ -151,6 +151,10 @@ impl Link {
         &self.inner.shards()[index]
     }
 
+    pub fn shards_count(&self) -> usize {
+        self.inner.shards().len().max(1)
+    }
+
     pub fn instance(&self) -> &str {
         &self.inner.instance
     }

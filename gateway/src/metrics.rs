@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 pub const CONNECTIONS: &str = "carillon_gateway_connections";
 pub const CONNECTS: &str = "carillon_gateway_connects_total";
@@ -23,6 +23,17 @@ pub const TLS_HANDSHAKES: &str = "carillon_gateway_tls_handshakes_total";
 pub const CERTIFICATE_EXPIRY: &str = "carillon_gateway_certificate_expiry_timestamp_seconds";
 pub const CERTIFICATE_LOADS: &str = "carillon_gateway_certificate_loads_total";
 pub const PROXY_ERRORS: &str = "carillon_gateway_proxy_errors_total";
+pub const ACCEPTS_REFUSED: &str = "carillon_gateway_accepts_refused_total";
+pub const ACCEPT_PAUSES: &str = "carillon_gateway_accept_pauses_total";
+pub const PENDING_CONNECTS: &str = "carillon_gateway_pending_connects";
+pub const SOURCE_ADDRESSES: &str = "carillon_gateway_source_addresses";
+pub const BLOCKED_ADDRESSES: &str = "carillon_gateway_blocked_addresses";
+pub const AUTH_FAILURES: &str = "carillon_gateway_auth_failures_total";
+pub const THROTTLED: &str = "carillon_gateway_publish_pauses_total";
+pub const OVERLOADED: &str = "carillon_gateway_overloaded_state";
+pub const MEMORY_RATIO: &str = "carillon_gateway_memory_ratio";
+pub const MEMORY_LIMIT: &str = "carillon_gateway_memory_limit_bytes";
+pub const LOOP_LAG: &str = "carillon_gateway_loop_lag_seconds";
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -57,6 +68,19 @@ pub struct Metrics {
     pub certificate_loads: IntCounterVec,
     /// By error: `missing`, `version_1`, …
     pub proxy_errors: IntCounterVec,
+    /// By reason: `denied`, `ip_connections`, `auth_failures`.
+    pub accepts_refused: IntCounterVec,
+    pub accept_pauses: IntCounter,
+    pub pending_connects: IntGauge,
+    pub source_addresses: IntGauge,
+    pub blocked_addresses: IntGauge,
+    /// By reason, as in `auth::Failure`.
+    pub auth_failures: IntCounterVec,
+    pub throttled: IntCounter,
+    pub overloaded: IntGauge,
+    pub memory_ratio: Gauge,
+    pub memory_limit: IntGauge,
+    pub loop_lag: Gauge,
 }
 
 impl Metrics {
@@ -75,6 +99,11 @@ impl Metrics {
         };
         let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
             let metric = IntGauge::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let ratio = |name: &str, help: &str| -> Result<Gauge, prometheus::Error> {
+            let metric = Gauge::new(name, help)?;
             registry.register(Box::new(metric.clone()))?;
             Ok(metric)
         };
@@ -131,6 +160,30 @@ impl Metrics {
                 "Connections closed for their PROXY protocol header, by error",
                 "error",
             )?,
+            accepts_refused: counters(
+                ACCEPTS_REFUSED,
+                "Connections closed as soon as they were accepted, by reason",
+                "reason",
+            )?,
+            accept_pauses: counter(
+                ACCEPT_PAUSES,
+                "Times that accepting paused because connects came faster than their rate",
+            )?,
+            pending_connects: gauge(PENDING_CONNECTS, "Connections without a complete CONNECT")?,
+            source_addresses: gauge(SOURCE_ADDRESSES, "Addresses that connections come from (IPv6: /64)")?,
+            blocked_addresses: gauge(
+                BLOCKED_ADDRESSES,
+                "Addresses refused because their credentials failed too often",
+            )?,
+            auth_failures: counters(AUTH_FAILURES, "Credentials that were refused, by reason", "reason")?,
+            throttled: counter(
+                THROTTLED,
+                "Times that a device was not read for a while because it published above its rate",
+            )?,
+            overloaded: gauge(OVERLOADED, "1 while new devices are refused for want of memory or CPU")?,
+            memory_ratio: ratio(MEMORY_RATIO, "Memory used, of the tightest limit that holds")?,
+            memory_limit: gauge(MEMORY_LIMIT, "The tightest memory limit that holds")?,
+            loop_lag: ratio(LOOP_LAG, "Longest round of a shard's loop in the last second")?,
         })
     }
 }
@@ -146,6 +199,8 @@ pub struct Counts {
     pub dropped_expired: u64,
     pub dropped_large: u64,
     pub dropped_inflight: u64,
+    /// Times that a device was not read for a while because it published above its rate.
+    pub throttled: u64,
 }
 
 impl Counts {
@@ -155,6 +210,7 @@ impl Counts {
             metrics.delivered.with_label_values(&[label]).inc_by(counts.delivered[qos]);
             metrics.published.with_label_values(&[label]).inc_by(counts.published[qos]);
         }
+        metrics.throttled.inc_by(counts.throttled);
         metrics.bytes.with_label_values(&["in"]).inc_by(counts.bytes_in);
         metrics.bytes.with_label_values(&["out"]).inc_by(counts.bytes_out);
         let dropped = [

@@ -11,6 +11,8 @@ use crate::event::ConnId;
 #[derive(Default)]
 pub struct Sessions {
     held: DashMap<u128, (ConnId, u64), BuildHasherDefault<KeyHasher>>,
+    /// Further apps' users, each on some session's connection.
+    guests: DashMap<u128, (ConnId, u64), BuildHasherDefault<KeyHasher>>,
 }
 
 /// The keys are hashes already.
@@ -44,6 +46,24 @@ impl Sessions {
         {
             held.remove();
         }
+    }
+
+    /// This connection serves the further app's user from now on.
+    pub fn take_guest(&self, key: u128, conn: ConnId, connection: u64) {
+        self.guests.insert(key, (conn, connection));
+    }
+
+    /// It does not any more; a later one stays.
+    pub fn release_guest(&self, key: u128, connection: u64) {
+        if let Entry::Occupied(held) = self.guests.entry(key)
+            && held.get().1 == connection
+        {
+            held.remove();
+        }
+    }
+
+    pub fn find_guest(&self, key: u128) -> Option<(ConnId, u64)> {
+        self.guests.get(&key).map(|held| *held)
     }
 
     /// Who holds it, and the number of that connection.

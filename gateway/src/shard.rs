@@ -5,6 +5,7 @@
 
 mod accept;
 mod acks;
+mod admit;
 mod broadcast;
 mod catch_up;
 mod close;
@@ -13,8 +14,10 @@ mod connect;
 mod deadlines;
 mod deliver;
 mod flush;
+mod guests;
 mod layers;
 mod outbound;
+mod pace;
 mod publish;
 mod read;
 mod secure;
@@ -23,7 +26,8 @@ mod timers;
 mod tls;
 mod topics;
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -35,12 +39,14 @@ use mio::{Events, Poll, Token};
 use slab::Slab;
 use tokio::sync::oneshot;
 
-use crate::auth::Apps;
+use crate::admission::Admission;
+use crate::auth::{Apps, Keyring};
 use crate::config::GatewayConfig;
 use crate::event::{self, ConnId, Event, Inbox, ShardHandle};
 use crate::link::{Link, Underway};
 use crate::listeners::LiveSettings;
 use crate::metrics::{AppCounts, AppTotals, Counts, Metrics};
+use crate::overload::Overload;
 use conn::{Conn, conn_id};
 use timers::{TICK, Tick, Timers};
 use topics::Topics;
@@ -65,6 +71,9 @@ const ACK_INTERVAL: Duration = Duration::from_millis(10);
 pub struct Shared {
     pub config: ArcSwap<GatewayConfig>,
     pub apps: ArcSwap<Apps>,
+    pub keyring: ArcSwap<Keyring>,
+    pub admission: Admission,
+    pub overload: Overload,
     pub metrics: Metrics,
     pub totals: AppTotals,
     pub connections: AtomicUsize,
@@ -92,6 +101,16 @@ pub struct Shard {
     now: Tick,
     now_ms: u64,
     config: Arc<GatewayConfig>,
+    keyring: Arc<Keyring>,
+    /// Connections in the order they were accepted, among them those that wait for their CONNECT, and how many these are.
+    pending: VecDeque<(u32, u32)>,
+    pending_count: usize,
+    /// Those that publish too fast: when to read on, index and generation.
+    paced: BinaryHeap<Reverse<(Tick, u32, u32)>>,
+    /// When tokens of further apps end (Unix seconds), with index and generation of their connections.
+    guest_ends: BinaryHeap<Reverse<(u64, u32, u32)>>,
+    /// The longest round of this second.
+    longest_round: Duration,
     /// By connection: the positions that its acks have reached.
     acks: HashMap<u32, Vec<(Arc<str>, u64)>>,
     acks_flushed: Instant,
@@ -118,6 +137,7 @@ impl Shard {
         let (handle, inbox) = event::inbox(mio::Waker::new(poll.registry(), BELL)?);
         let started = Instant::now();
         let config = shared.config.load_full();
+        let keyring = shared.keyring.load_full();
         let shard = Shard {
             index,
             shared,
@@ -137,6 +157,12 @@ impl Shard {
             now: 0,
             now_ms: carillon_proto::now_ms(),
             config,
+            keyring,
+            pending: VecDeque::new(),
+            pending_count: 0,
+            paced: BinaryHeap::new(),
+            guest_ends: BinaryHeap::new(),
+            longest_round: Duration::ZERO,
             acks: HashMap::new(),
             acks_flushed: started,
             doomed: Vec::new(),
@@ -203,6 +229,7 @@ impl Shard {
             for entry in due.drain(..) {
                 self.look_at(entry);
             }
+            self.read_paced();
             if self.now / 10 != last_second {
                 last_second = self.now / 10;
                 self.each_second();
@@ -213,6 +240,7 @@ impl Shard {
             }
             self.flush_dirty();
             self.bury();
+            self.longest_round = self.longest_round.max(present.elapsed());
             if let Some(done) = self.stopping.take() {
                 self.stop(done);
                 return;
@@ -227,6 +255,8 @@ impl Shard {
             || (!self.accept_again.is_empty() && self.accept_paused_until.is_none());
         if unfinished {
             Duration::ZERO
+        } else if let Some(until) = self.accept_paused_until {
+            until.saturating_duration_since(Instant::now()).min(ACK_INTERVAL)
         } else if !self.acks.is_empty() || !self.jobs.is_empty() {
             ACK_INTERVAL
         } else {
@@ -247,6 +277,7 @@ impl Shard {
             Event::Unsubscribed { conn, packet_id, kept } => self.unsubscribed(conn, packet_id, kept),
             Event::Published { conn, ticket, outcome } => self.published(conn, ticket, outcome),
             Event::Read { conn, topic, result } => self.have_read(conn, &topic, result),
+            Event::KickGuest { conn, key } => self.kick_guest(conn, key, "kicked"),
             Event::Kick { conn, reason, then } => self.kick(conn, reason, then),
             Event::Proceed { conn } => self.proceed(conn),
             Event::AnnounceSessions(announcement) => self.announce_sessions(&announcement),
@@ -271,7 +302,9 @@ impl Shard {
     }
 
     fn each_second(&mut self) {
-        self.config = self.shared.config.load_full();
+        self.follow_documents();
+        self.end_guests();
+        self.shared.overload.note_lag(std::mem::take(&mut self.longest_round));
         self.counts.flush(&self.shared.metrics);
         for (app, counts) in &mut self.apps {
             self.shared.totals.add(app, std::mem::take(counts));
@@ -298,6 +331,12 @@ impl Shard {
             let inbox = carillon_proto::topic::inbox(&session.app, &session.user);
             if announcement.has(carillon_proto::topic::slot_of(&inbox)) {
                 self.link.session_changed(connect::online(session, true));
+            }
+            for guest in session.guests() {
+                let inbox = carillon_proto::topic::inbox(&guest.app, &guest.user);
+                if announcement.has(carillon_proto::topic::slot_of(&inbox)) {
+                    self.link.session_changed(session.guest_online(guest, true));
+                }
             }
         }
     }

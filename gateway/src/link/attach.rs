@@ -353,10 +353,13 @@ fn deliver(inner: &Arc<Inner>, registry: &Arc<str>, deliver: v1::Deliver) {
 fn kick(inner: &Arc<Inner>, kick: &v1::KickSession) {
     let Some(session) = &kick.session else { return };
     let key = crate::delivery::session_key(&session.app, &session.user, &session.client_id);
-    let Some((conn, connection)) = inner.sessions.find(key) else { return };
-    if kick.connection != 0 && kick.connection != connection {
-        return;
+    let is_meant = |&(_, connection): &(ConnId, u64)| kick.connection == 0 || kick.connection == connection;
+    if let Some((conn, _)) = inner.sessions.find_guest(key).filter(is_meant)
+        && let Some(shard) = inner.shards().get(conn.shard as usize)
+    {
+        shard.post(Event::KickGuest { conn, key });
     }
+    let Some((conn, _)) = inner.sessions.find(key).filter(is_meant) else { return };
     let reason = match kick.reason() {
         v1::kick_session::Reason::TakenOver => KickReason::TakenOver,
         _ => KickReason::Administrative,

@@ -16,6 +16,9 @@ use crate::delivery::Delivery;
 use crate::event::{ConnId, Event, Granted};
 use crate::routes::{Joined, RouteState, Waiter};
 
+/// A kept session and its attachment, if there is one.
+type Kept = Option<(v1::SessionRef, u64)>;
+
 /// A filter of a SUBSCRIBE that the device may subscribe to.
 pub struct Wanted {
     pub filter: Arc<str>,
@@ -24,6 +27,8 @@ pub struct Wanted {
     pub retain_handling: u8,
     /// The connection has a subscription with this filter (known without the saver).
     pub existed: bool,
+    /// It is in the app of the connection's own session: may be kept with that.
+    pub is_own: bool,
 }
 
 impl Wanted {
@@ -118,14 +123,19 @@ impl Link {
         let State { session, wanted, routed, .. } = state;
         let routed: Vec<Result<RouteState, u8>> =
             routed.into_iter().map(|route| route.unwrap_or(Err(UNSPECIFIED_ERROR))).collect();
-        let is_kept = session.is_some();
-        let needs_position =
-            |w: &Wanted| is_kept || (w.subscription.qos > 0 && topic::inbox_user(&w.filter).is_some());
-        let asked: Vec<usize> = (0..wanted.len()).filter(|&i| needs_position(&wanted[i])).collect();
+        let has_session = session.is_some();
+        let is_kept = |w: &Wanted| has_session && w.is_own;
+        let is_inbox = |w: &Wanted| w.subscription.qos > 0 && topic::inbox_user(&w.filter).is_some();
+        let kept: Vec<usize> = (0..wanted.len()).filter(|&i| is_kept(&wanted[i])).collect();
+        let inboxes: Vec<usize> =
+            (0..wanted.len()).filter(|&i| !is_kept(&wanted[i]) && is_inbox(&wanted[i])).collect();
         let has_retained = |w: &Wanted, route: &Result<RouteState, u8>| {
             w.wants_retained() && route.is_ok_and(|r| r.has_retained)
         };
-        if asked.is_empty() && !wanted.iter().zip(&routed).any(|(w, route)| has_retained(w, route)) {
+        if kept.is_empty()
+            && inboxes.is_empty()
+            && !wanted.iter().zip(&routed).any(|(w, route)| has_retained(w, route))
+        {
             let granted = |route: RouteState| Granted {
                 position: route.last,
                 sent: 0,
@@ -136,26 +146,25 @@ impl Link {
         }
         let link = self.clone();
         self.inner.runtime.spawn(async move {
-            let outcomes = link.place(session, wanted, routed, asked).await;
+            let outcomes = link.place(wanted, routed, [(kept, session), (inboxes, None)]).await;
             link.answer(conn, Event::Subscribed { conn, packet_id, outcomes });
         });
         None
     }
 
-    /// The saver's part. The routes are in force: what is published between now and its answer is in the log after a
+    /// The saver's part; `asked`: indices of wanted filters, with the session that they are to be kept for. The routes are in force: what is published between now and its answer is in the log after a
     /// position, and a message that is routed before its position is known is not missed either.
     async fn place(
         &self,
-        session: Option<(v1::SessionRef, u64)>,
         wanted: Vec<Wanted>,
         routed: Vec<Result<RouteState, u8>>,
-        asked: Vec<usize>,
+        asked: [(Vec<usize>, Kept); 2],
     ) -> Vec<Result<Granted, u8>> {
         let mut placed: Vec<Result<v1::SubscribedOne, u8>> = wanted
             .iter()
             .map(|w| Ok(v1::SubscribedOne { existed: w.existed, positions: Vec::new() }))
             .collect();
-        if !asked.is_empty() {
+        for (asked, session) in asked.into_iter().filter(|(asked, _)| !asked.is_empty()) {
             let (session, attachment) =
                 session.map_or((None, 0), |(session, attachment)| (Some(session), attachment));
             let subscriptions = asked.iter().map(|&i| wanted[i].subscription.clone()).collect();

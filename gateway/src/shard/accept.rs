@@ -1,7 +1,7 @@
 //! New connections.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,6 +12,9 @@ use super::conn::Conn;
 use super::timers::{Entry, ticks};
 use super::{ACCEPT_BUDGET, LISTENERS, Shard};
 use crate::listeners::{LiveSettings, Settings};
+
+/// Shortest pause in accepting: then some more are accepted together.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(5);
 
 impl Shard {
     pub(super) fn listen(&mut self, id: usize, socket: TcpListener, settings: LiveSettings) {
@@ -45,10 +48,17 @@ impl Shard {
                 }
                 // One that is gone has had its connections accepted before.
                 let Some((socket, settings)) = self.listeners.get(&listener) else { break };
+                if let Some(wait) = self.shared.admission.wait(present, &self.config) {
+                    // What comes faster waits in the kernel's queue, where it costs nothing.
+                    self.link.metrics().accept_pauses.inc();
+                    self.accept_paused_until = Some(present + wait.max(ACCEPT_PAUSE));
+                    self.accept_again.push(listener);
+                    break;
+                }
                 match socket.accept() {
-                    Ok((stream, _)) => {
+                    Ok((stream, peer)) => {
                         let settings = settings.load_full();
-                        if let Err(error) = self.accepted(stream, &settings) {
+                        if let Err(error) = self.accepted(stream, peer.ip(), &settings) {
                             tracing::debug!(%error, "connection could not be set up");
                         }
                     }
@@ -69,19 +79,25 @@ impl Shard {
     pub(super) fn accepted(
         &mut self,
         mut stream: mio::net::TcpStream,
+        address: IpAddr,
         settings: &Arc<Settings>,
     ) -> io::Result<()> {
-        stream.set_nodelay(true)?;
+        let Some(source) = self.enter(address, settings.proxy_protocol) else { return Ok(()) };
+        stream.set_nodelay(true).inspect_err(|_| self.shared.admission.leave(source))?;
         self.next_generation = self.next_generation.wrapping_add(1);
         let generation = self.next_generation;
         let entry = self.conns.vacant_entry();
         let index = entry.key();
         // Both at once, edge-triggered: an idle socket costs no further call for either.
-        self.poll.registry().register(&mut stream, Token(index), Interest::READABLE | Interest::WRITABLE)?;
-        entry.insert(Conn::new(stream, generation, settings, self.now));
+        self.poll
+            .registry()
+            .register(&mut stream, Token(index), Interest::READABLE | Interest::WRITABLE)
+            .inspect_err(|_| self.shared.admission.leave(source))?;
+        entry.insert(Conn::new(stream, generation, settings, source, self.now));
         self.shared.connections.fetch_add(1, Ordering::Relaxed);
         let deadline = self.now + ticks(Duration::from_millis(self.config.connect_timeout_ms.into()));
         self.timers.add(deadline, Entry { index: index as u32, generation, once: true });
+        self.note_pending(index as u32, generation);
         Ok(())
     }
 }

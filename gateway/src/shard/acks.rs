@@ -33,11 +33,14 @@ impl Shard {
     pub(super) fn settle_front(&mut self, index: u32) {
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let is_kept = session.attachment.is_some();
+        // Cursors are kept in the session's own app alone.
+        let session_app = session.guests.is_some().then_some(&session.app);
         let Some(inflight) = &mut session.inflight else { return };
         while inflight.flights.front().is_some_and(|flight| flight.is_acked) {
             let Some(Flight { cursor: Some((topic, seq)), .. }) = inflight.flights.pop_front() else {
                 continue;
             };
+            let is_kept = is_kept && session_app.is_none_or(|app| topic::app_of(&topic) == &**app);
             if !is_kept && topic::inbox_user(&topic).is_none() {
                 continue;
             }
@@ -63,10 +66,17 @@ impl Shard {
     }
 
     pub(super) fn send_acks(&self, session: &conn::Session, positions: Vec<(Arc<str>, u64)>) {
-        let positions = positions
-            .into_iter()
-            .map(|(topic, seq)| v1::AckPosition { topic: topic.to_string(), seq })
-            .collect();
+        let (own, others): (Vec<_>, Vec<_>) =
+            positions.into_iter().partition(|(topic, _)| session.is_own(topic));
+        for (topic, seq) in others {
+            // An inbox of a further app is consumed by its own user.
+            if let Some(guest) = session.guest_ref(&topic) {
+                let positions = vec![v1::AckPosition { topic: topic.to_string(), seq }];
+                self.link.ack(v1::Ack { session: Some(guest), attachment: 0, positions });
+            }
+        }
+        let positions: Vec<_> =
+            own.into_iter().map(|(topic, seq)| v1::AckPosition { topic: topic.to_string(), seq }).collect();
         self.link.ack(v1::Ack {
             session: Some(session.session_ref()),
             attachment: session.attachment.unwrap_or(0),

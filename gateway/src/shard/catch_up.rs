@@ -88,7 +88,8 @@ impl Shard {
             let id = self.id(index);
             let Some(session) = &mut self.conns[index as usize].session else { return false };
             let room = usize::from(session.window).saturating_sub(session.in_flight());
-            let key = session.key;
+            let publisher = session.behind.as_ref().and_then(|behind| behind.get(at)?.queue.front());
+            let is_publisher = publisher.is_some_and(|delivery| session.is_publisher(delivery.publisher));
             let Some(behind) = session.behind.as_mut().and_then(|behind| behind.get_mut(at)) else {
                 return true;
             };
@@ -100,8 +101,7 @@ impl Shard {
                 behind.queue.pop_front();
                 let (seq, dup) = (delivery.message.seq, delivery.message.seq <= behind.sent);
                 let is_due = self.last(index, &target, topic).is_none_or(|last| seq > last);
-                if delivery.is_expired(self.now_ms) || (target.options.no_local && delivery.publisher == key)
-                {
+                if delivery.is_expired(self.now_ms) || (target.options.no_local && is_publisher) {
                     self.set_last(index, &target, topic, seq);
                     self.settle(index, Some((topic.clone(), seq)));
                 } else if is_due {

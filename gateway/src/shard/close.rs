@@ -30,6 +30,14 @@ pub enum Reason {
     KeepAliveTimeout,
     WriteTimeout,
     TokenExpired,
+    /// Its token is revoked now.
+    Revoked,
+    /// Its address is denied now.
+    Banned,
+    /// It did not take what it asked for.
+    SlowConsumer,
+    /// Too many connections wait for their CONNECT, and it was the oldest.
+    PendingOverflow,
     ProtocolError {
         reason: u8,
         text: String,
@@ -54,6 +62,10 @@ impl Reason {
             Reason::KeepAliveTimeout => "keep_alive_timeout",
             Reason::WriteTimeout => "write_timeout",
             Reason::TokenExpired => "token_expired",
+            Reason::Revoked => "revoked",
+            Reason::Banned => "banned",
+            Reason::SlowConsumer => "slow_consumer",
+            Reason::PendingOverflow => "pending_overflow",
             Reason::ProtocolError { .. } => "protocol_error",
             Reason::TakenOver => "taken_over",
             Reason::Kicked => "kicked",
@@ -66,7 +78,8 @@ impl Reason {
     fn code(&self) -> Option<u8> {
         match self {
             Reason::KeepAliveTimeout => Some(reason::KEEP_ALIVE_TIMEOUT),
-            Reason::TokenExpired => Some(reason::NOT_AUTHORIZED),
+            Reason::TokenExpired | Reason::Revoked => Some(reason::NOT_AUTHORIZED),
+            Reason::Banned => Some(reason::BANNED),
             Reason::ProtocolError { reason, .. } => Some(*reason),
             Reason::TakenOver => Some(reason::SESSION_TAKEN_OVER),
             Reason::Kicked => Some(reason::ADMINISTRATIVE_ACTION),
@@ -79,6 +92,7 @@ impl Reason {
         match self {
             Reason::ProtocolError { text, .. } => Some(text),
             Reason::TokenExpired => Some("the token has expired"),
+            Reason::Revoked => Some("the token has been revoked"),
             _ => None,
         }
     }
@@ -138,12 +152,14 @@ impl Shard {
         let _ = self.poll.registry().deregister(&mut conn.stream);
         let _ = conn.stream.shutdown(Shutdown::Write);
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+        self.shared.admission.leave(conn.source);
 
         for at in 0..conn.subs.len() {
             self.drop_subscription(conn.subs[at]);
         }
         self.link.metrics().subscriptions.sub(conn.subs.len() as i64);
         let Some(mut session) = conn.session.take() else {
+            self.not_pending();
             self.link.metrics().disconnects.with_label_values(&[why.label()]).inc();
             return;
         };
@@ -154,6 +170,9 @@ impl Shard {
         if let Some(positions) = self.acks.remove(&index) {
             self.send_acks(&session, positions);
         }
+        self.shared.admission.leave_app(&session.app);
+        let left = session.guests().map(|guest| session.left(guest, why.label())).collect();
+        self.guests_left(left);
         self.close_kept(&mut session);
         self.link.metrics().disconnects.with_label_values(&[why.label()]).inc();
         if !session.is_online {
@@ -187,6 +206,9 @@ impl Shard {
         let mut sent: Vec<v1::AckPosition> = Vec::new();
         for flight in session.inflight.take().into_iter().flat_map(|inflight| inflight.flights) {
             let Some((topic, seq)) = flight.cursor else { continue };
+            if !session.is_own(&topic) {
+                continue;
+            }
             match sent.iter_mut().find(|position| *position.topic == *topic) {
                 Some(position) => position.seq = position.seq.max(seq),
                 None => sent.push(v1::AckPosition { topic: topic.to_string(), seq }),

@@ -9,11 +9,14 @@ use carillon_proto::v1;
 use mio::net::TcpStream;
 use smallvec::SmallVec;
 
+use super::guests::Guest;
 use super::layers::{Layers, first_phase};
 use super::outbound::Outbound;
+use super::pace::Pace;
 use super::timers::Tick;
 use super::topics::{SubOptions, SubRef, TopicId};
-use crate::auth::Rights;
+use crate::admission::SourceId;
+use crate::auth::{Rights, Stamp};
 use crate::codec::Version;
 use crate::delivery::Delivery;
 use crate::event::ConnId;
@@ -59,6 +62,10 @@ pub struct Conn {
     pub last_read: Tick,
     /// Seconds; 0 = none.
     pub keep_alive: u16,
+    /// Bytes that it asked for and did not take are too many.
+    pub is_slow: bool,
+    /// The address that it is counted for.
+    pub source: SourceId,
     /// Bytes of a packet that is not complete, or that is not handled yet.
     pub partial: Option<Box<Vec<u8>>>,
     pub out: Option<Box<Outbound>>,
@@ -84,6 +91,10 @@ pub struct Session {
     pub address: SocketAddr,
     /// Unix seconds at which the token ends; 0 = never.
     pub expires: u64,
+    /// Of the token.
+    pub stamp: Stamp,
+    /// Further apps that this connection serves.
+    pub guests: Option<Box<Vec<Guest>>>,
     pub expiry_seconds: u32,
     /// Is there something kept in the saver, and under which attachment?
     pub attachment: Option<u64>,
@@ -147,6 +158,9 @@ pub struct Publishing {
     pub queue: VecDeque<PendingPublish>,
     /// Bytes of the payloads under way.
     pub bytes: usize,
+    pub pace: Pace,
+    /// Published above its rate: not to be read before this.
+    pub read_again: Tick,
 }
 
 pub struct PendingPublish {
@@ -203,7 +217,13 @@ pub enum PendingEntry {
 }
 
 impl Conn {
-    pub fn new(stream: TcpStream, generation: u32, settings: &Arc<Settings>, now: Tick) -> Self {
+    pub fn new(
+        stream: TcpStream,
+        generation: u32,
+        settings: &Arc<Settings>,
+        source: SourceId,
+        now: Tick,
+    ) -> Self {
         Conn {
             stream,
             generation,
@@ -220,6 +240,8 @@ impl Conn {
             accepted: now,
             last_read: now,
             keep_alive: 0,
+            is_slow: false,
+            source,
             partial: None,
             out: None,
             layers: Layers::on_arrival(settings),

@@ -23,20 +23,24 @@ impl Shard {
             return self.close(index, Reason::ProtocolError { reason: reason::PROTOCOL_ERROR, text });
         }
         conn.version = connect.version;
-        let connections = self.shared.connections.load(std::sync::atomic::Ordering::Relaxed);
-        let apps = self.shared.apps.load_full();
-        let admitted = if connections > self.config.max_connections as usize {
-            let text = format!("the gateway holds its {} connections already", self.config.max_connections);
-            Err(Refusal { reason: reason::SERVER_BUSY, text })
-        } else {
-            let certificate = conn.take_certificate_user();
-            auth::admit(connect, certificate, &apps, self.config.token_leeway_seconds)
-                .and_then(|admitted| self.will(connect, &admitted, &apps).map(|will| (admitted, will)))
-        };
+        let certificate = conn.take_certificate_user();
+        let (apps, keyring) = (self.shared.apps.load_full(), self.shared.keyring.load_full());
+        let leeway = self.config.token_leeway_seconds;
+        let admitted = self
+            .is_busy()
+            .and_then(|()| auth::admit(connect, certificate, &apps, &keyring, leeway))
+            .and_then(|admitted| self.will(connect, &admitted, &apps).map(|will| (admitted, will)))
+            .and_then(|(admitted, will)| self.enter_app(&admitted).map(|()| (admitted, will)));
         let (admitted, will) = match admitted {
             Ok(admitted) => admitted,
-            Err(refusal) => return self.refuse(index, refusal.reason, &refusal.text),
+            Err(refusal) => {
+                if let Some(failure) = refusal.failure {
+                    self.note_failure(index, failure);
+                }
+                return self.refuse(index, refusal.reason, &refusal.text);
+            }
         };
+        self.not_pending();
         let session = self.session(index, connect, admitted, will);
         let (key, connection) = (session.key, session.connection);
         let conn = &mut self.conns[index as usize];
@@ -89,6 +93,8 @@ impl Shard {
             since_ms: self.now_ms,
             address,
             expires: admitted.expires,
+            stamp: admitted.stamp,
+            guests: None,
             expiry_seconds: expiry,
             attachment: None,
             is_online: false,
@@ -121,7 +127,7 @@ impl Shard {
         apps: &auth::Apps,
     ) -> Result<Option<Will>, Refusal> {
         let Some(will) = &connect.will else { return Ok(None) };
-        let refuse = |reason, text: String| Err(Refusal { reason, text });
+        let refuse = |reason, text: String| Err(Refusal { reason, text, failure: None });
         if will.qos == QoS::ExactlyOnce {
             return refuse(
                 reason::QOS_NOT_SUPPORTED,

@@ -129,7 +129,7 @@ impl Shard {
     pub(super) fn offer(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>) {
         let Some(conn) = self.conns.get_mut(index as usize) else { return };
         let Some(session) = &mut conn.session else { return };
-        if conn.is_doomed || (target.options.no_local && delivery.publisher == session.key) {
+        if conn.is_doomed || (target.options.no_local && session.is_publisher(delivery.publisher)) {
             return;
         }
         let message = &delivery.message;
@@ -231,11 +231,11 @@ impl Shard {
         let retain = retained || (target.options.retain_as_published && delivery.message.retain);
         if conn.out.as_ref().is_some_and(|out| out.bytes() >= self.config.max_outbound_bytes as usize) {
             self.counts.dropped_slow += 1;
-            self.apps[session.app_index as usize].1.dropped += 1;
+            self.apps[session.app_index_of(&delivery.topic) as usize].1.dropped += 1;
             return;
         }
         let is_plain = !retain && (target.identifiers.is_empty() || conn.version == Version::V4);
-        let app = session.app_index as usize;
+        let app = session.app_index_of(&delivery.topic) as usize;
         let max_packet = session.max_packet_bytes as usize;
         let (length, sent) = if is_plain {
             let plain = frame.plain_shared();
@@ -296,7 +296,7 @@ impl Shard {
         frame.write(&mut self.scratch, &variation);
         self.counts.delivered[1] += 1;
         self.counts.bytes_out += self.scratch.len() as u64;
-        self.apps[session.app_index as usize].1.delivered += 1;
+        self.apps[session.app_index_of(&delivery.topic) as usize].1.delivered += 1;
         let sent = conn.send(&self.scratch, round, now);
         self.after_send(index, sent);
         true

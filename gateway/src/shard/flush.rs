@@ -82,7 +82,9 @@ impl Shard {
             let generation = conn.generation;
             self.resume(index);
             if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation) {
-                self.close(index, close::Reason::Network);
+                let is_slow = self.conns[index as usize].is_slow;
+                let why = if is_slow { close::Reason::SlowConsumer } else { close::Reason::Network };
+                self.close(index, why);
             }
         }
     }

@@ -6,6 +6,7 @@ use carillon_proto::{topic, v1};
 use super::Shard;
 use super::close::Reason;
 use super::conn::PendingPublish;
+use super::pace::Rates;
 use crate::auth;
 use crate::codec::{self, Publish, PublishProperties, QoS, Version, reason};
 use crate::event::{ConnId, Event, PublishOutcome};
@@ -44,17 +45,22 @@ impl Shard {
             }
         }
         let apps = self.shared.apps.load();
-        let allowed = (publish.topic.len() <= self.config.max_topic_bytes.into())
-            .then(|| auth::resolve(&session.app, session.is_root, publish.topic))
-            .flatten()
-            .filter(|(full, _)| {
-                apps.get(&*session.app).is_some_and(|app| {
-                    auth::may_publish(app, session.rights.as_deref(), &session.user, auth::below(full))
-                })
-            });
+        let rates = apps.get(&*session.app).map(|app| Rates::of(&self.config, &app.limits));
+        let is_too_long = publish.topic.len() > self.config.max_topic_bytes.into();
+        let allowed = session
+            .resolve(publish.topic)
+            .filter(|(full, _, who)| {
+                apps.get(&**who.app)
+                    .is_some_and(|app| auth::may_publish(app, who.rights, who.user, auth::below(full)))
+            })
+            .map(|(full, _, who)| (full, who.app.clone(), who.is_root, session.who_ref(who)));
         let refused = match &allowed {
+            _ if is_too_long => Some(reason::TOPIC_NAME_INVALID),
             None => Some(reason::NOT_AUTHORIZED),
-            Some((full, _)) if topic::check_name(full).is_err() => Some(reason::TOPIC_NAME_INVALID),
+            Some((full, ..)) if topic::check_name(full).is_err() => Some(reason::TOPIC_NAME_INVALID),
+            Some((full, ..)) if auth::levels(full) > self.config.max_topic_levels.into() => {
+                Some(reason::TOPIC_NAME_INVALID)
+            }
             Some(_) if !publish.payload_is_as_declared() => Some(reason::PAYLOAD_FORMAT_INVALID),
             Some(_) => None,
         };
@@ -68,16 +74,15 @@ impl Shard {
             reason: refused,
             bytes: payload_bytes,
         });
-        if let (Some((full, _)), None) = (allowed, refused) {
-            let publisher = session.session_ref();
+        if let (Some((full, app, is_root, publisher)), None) = (allowed, refused) {
             let message = message(
                 full,
                 publish.payload,
                 publish.qos,
                 publish.retain,
                 &publish.props,
-                &session.app,
-                session.is_root,
+                &app,
+                is_root,
                 publisher,
                 self.now_ms,
             );
@@ -91,6 +96,9 @@ impl Shard {
                 .publish(message, move |outcome| shard.post(Event::Published { conn: id, ticket, outcome }));
         } else {
             self.answer_publishes(index);
+        }
+        if let Some(rates) = rates {
+            self.pace(index, payload_bytes as usize, rates);
         }
     }
 
@@ -127,17 +135,24 @@ impl Shard {
             codec::puback(&mut self.scratch, version, packet_id, code, None);
         }
         let left = publishing.queue.len();
-        let has_room = left < PUBLISHING_MAX / 2 && publishing.bytes < PUBLISHING_BYTES / 2;
         if left == 0 && publishing.queue.capacity() > 64 {
             publishing.queue.shrink_to_fit();
         }
-        let is_waiting =
-            session.pending.is_some() || session.unsubscribing.is_some() || session.opening.is_some();
-        let resumes = conn.is_paused && !is_waiting && has_room;
         if !self.scratch.is_empty() {
             self.reply(index);
         }
-        if resumes {
+        self.read_on_if_due(index);
+    }
+
+    /// Reads on a connection that was paused for its publishes, if nothing else holds it up.
+    pub(super) fn read_on_if_due(&mut self, index: u32) {
+        let conn = &self.conns[index as usize];
+        let Some(session) = &conn.session else { return };
+        let Some(publishing) = &session.publishing else { return };
+        let has_room = publishing.queue.len() < PUBLISHING_MAX / 2 && publishing.bytes < PUBLISHING_BYTES / 2;
+        let is_waiting =
+            session.pending.is_some() || session.unsubscribing.is_some() || session.opening.is_some();
+        if conn.is_paused && !is_waiting && has_room && publishing.read_again <= self.now {
             self.resume(index);
         }
     }

@@ -254,6 +254,7 @@ impl Shard {
     pub(super) fn after_send(&mut self, index: u32, sent: std::io::Result<super::outbound::Sent>) {
         // Deliveries stop at the limit; what goes beyond it are answers to a device that asks and does not read.
         if self.conns[index as usize].outbound_bytes() > 2 * self.config.max_outbound_bytes as usize {
+            self.conns[index as usize].is_slow = true;
             return self.doom(index);
         }
         match sent {

@@ -47,6 +47,12 @@ impl Shard {
                 let Some(arrival) = conn.arrival() else { return };
                 arrival.client = client;
                 conn.phase = after_proxy(&arrival.settings);
+                if let Some(client) = client
+                    && !self.enter_behind_proxy(index, client.ip())
+                {
+                    return self.close(index, Reason::Banned);
+                }
+                let conn = &mut self.conns[index as usize];
                 if consumed == header.len() {
                     return;
                 }

@@ -22,8 +22,13 @@ impl Shard {
         let mut entries = Vec::with_capacity(subscribe.filters.len());
         let mut wanted = Vec::new();
         let identifier = subscribe.subscription_id.unwrap_or(0);
+        let tokens = self.take_tokens(index, subscribe.user_properties.iter());
+        if !self.conns.contains(index as usize) {
+            return;
+        }
         for (filter, options) in subscribe.filters {
-            match self.may_subscribe(index, filter, wanted.len()) {
+            let allowed = tokens.map_err(Refused).and_then(|()| self.may_subscribe(index, filter, &wanted));
+            match allowed {
                 Ok((full, relative)) => {
                     let options_kept = SubOptions {
                         qos: options.qos.level().min(1),
@@ -57,7 +62,7 @@ impl Shard {
         self.ask(index, PendingSubscribe { packet_id: 0, entries }, wanted);
     }
 
-    fn may_subscribe(&self, index: u32, filter: &str, more: usize) -> Result<(String, bool), Refused> {
+    fn may_subscribe(&self, index: u32, filter: &str, wanted: &[Wanted]) -> Result<(String, bool), Refused> {
         let conn = &self.conns[index as usize];
         let Some(session) = &conn.session else { return Err(Refused(reason::UNSPECIFIED_ERROR)) };
         if filter.starts_with("$share/") {
@@ -66,23 +71,32 @@ impl Shard {
         if filter.len() > self.config.max_topic_bytes.into() {
             return Err(Refused(reason::TOPIC_FILTER_INVALID));
         }
-        let Some((full, relative)) = auth::resolve(&session.app, session.is_root, filter) else {
+        let Some((full, relative, who)) = session.resolve(filter) else {
             return Err(Refused(reason::NOT_AUTHORIZED));
         };
-        if topic::check_filter(&full).is_err() {
+        if topic::check_filter(&full).is_err() || auth::levels(&full) > self.config.max_topic_levels.into() {
             return Err(Refused(reason::TOPIC_FILTER_INVALID));
         }
         let apps = self.shared.apps.load();
-        let allowed = apps.get(&*session.app).is_some_and(|app| {
-            auth::may_subscribe(app, session.rights.as_deref(), &session.user, auth::below(&full))
-        });
+        let allowed = apps
+            .get(&**who.app)
+            .is_some_and(|app| auth::may_subscribe(app, who.rights, who.user, auth::below(&full)));
         if !allowed {
             return Err(Refused(reason::NOT_AUTHORIZED));
         }
-        if conn.subs.len() + more >= self.config.max_subscriptions as usize
+        if conn.subs.len() + wanted.len() >= self.config.max_subscriptions as usize
             && self.subscription(conn, &full).is_none()
         {
             return Err(Refused(reason::QUOTA_EXCEEDED));
+        }
+        if topic::is_wildcard(&full) {
+            let wild = conn.subs.iter().filter(|sub| self.topics.get(sub.topic).is_wild()).count();
+            let more = wanted.iter().filter(|wanted| topic::is_wildcard(&wanted.filter)).count();
+            if wild + more >= self.config.max_wildcard_subscriptions as usize
+                && self.subscription(conn, &full).is_none()
+            {
+                return Err(Refused(reason::QUOTA_EXCEEDED));
+            }
         }
         Ok((full, relative))
     }
@@ -101,7 +115,9 @@ impl Shard {
         retain_handling: u8,
         wanted: &mut Vec<Wanted>,
     ) -> PendingEntry {
-        let existed = self.subscription(&self.conns[index as usize], full).is_some();
+        let conn = &self.conns[index as usize];
+        let existed = self.subscription(conn, full).is_some();
+        let is_own = conn.session.as_ref().is_some_and(|session| session.is_own(full));
         let (topic, name) = self.topics.hold(full);
         let subscription = v1::Subscription {
             filter: full.to_owned(),
@@ -111,7 +127,7 @@ impl Shard {
             identifier,
             relative: options.relative,
         };
-        wanted.push(Wanted { filter: name, subscription, retain_handling, existed });
+        wanted.push(Wanted { filter: name, subscription, retain_handling, existed, is_own });
         PendingEntry::Wanted { topic, options, identifier }
     }
 
@@ -177,7 +193,7 @@ impl Shard {
         let Some(index) = self.find(id) else { return };
         let was_paused = self.conns[index as usize].is_paused;
         let Some(session) = &mut self.conns[index as usize].session else { return };
-        let is_kept = session.attachment.is_some();
+        let is_attached = session.attachment.is_some();
         let Some(pending) = session.pending.take() else { return };
         let mut outcomes = outcomes.into_iter();
         let mut codes = Vec::with_capacity(pending.entries.len());
@@ -186,7 +202,14 @@ impl Shard {
             match *entry {
                 PendingEntry::Refused(code) => codes.push(code),
                 PendingEntry::Wanted { topic, options, identifier } => {
-                    match outcomes.next().unwrap_or(Err(reason::UNSPECIFIED_ERROR)) {
+                    let name = self.topics.get(topic).name.clone();
+                    let session = self.conns[index as usize].session.as_ref();
+                    let is_own = session.is_some_and(|session| session.is_own(&name));
+                    let is_kept = is_attached && is_own;
+                    let outcome = outcomes.next().unwrap_or(Err(reason::UNSPECIFIED_ERROR));
+                    // A further app's token may have ended meanwhile.
+                    let may = is_own || session.is_some_and(|session| session.guest_ref(&name).is_some());
+                    match if may { outcome } else { Err(reason::NOT_AUTHORIZED) } {
                         Ok(granted) => {
                             self.install(index, topic, options, identifier, &granted);
                             codes.push(options.qos);
@@ -237,7 +260,10 @@ impl Shard {
     ) {
         let conn = &mut self.conns[index as usize];
         let name = self.topics.get(topic).name.clone();
-        let is_kept = conn.session.as_ref().is_some_and(|session| session.attachment.is_some());
+        let is_kept = conn
+            .session
+            .as_ref()
+            .is_some_and(|session| session.attachment.is_some() && session.is_own(&name));
         // What came by while the SUBSCRIBE was under way is due to a kept session and to an inbox; for another
         // subscription it was before its time.
         let joins_now = !is_kept && topic::inbox_user(&name).is_none();
@@ -263,13 +289,16 @@ impl Shard {
         for filter in unsubscribe.filters {
             let conn = &self.conns[index as usize];
             let Some(session) = &conn.session else { return };
-            let full = auth::resolve(&session.app, session.is_root, filter).map(|(full, _)| full);
+            let full = session.resolve(filter).map(|(full, ..)| full);
+            let is_own = full.as_ref().is_some_and(|full| session.is_own(full));
             match full.and_then(|full| self.subscription(conn, &full).map(|sub| (full, sub))) {
                 Some((full, sub)) => {
                     self.conns[index as usize].subs.retain(|other| *other != sub);
                     self.drop_subscription(sub);
                     self.link.metrics().subscriptions.dec();
-                    removed.push(full);
+                    if is_own {
+                        removed.push(full);
+                    }
                     codes.push(reason::SUCCESS);
                 }
                 None => codes.push(reason::NO_SUBSCRIPTION_EXISTED),
@@ -312,7 +341,7 @@ impl Shard {
     }
 
     /// What no filter matches any more is forgotten: a later subscription begins anew.
-    fn forget_wild_cursors(&mut self, index: u32) {
+    pub(super) fn forget_wild_cursors(&mut self, index: u32) {
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let Some(mut cursors) = session.wild_last.take() else { return };
         cursors.retain(|name, _| self.target(index, name).is_some_and(|target| target.exact.is_none()));
