@@ -48,6 +48,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Disconnect all devices of a user
     Kick(KickArgs),
+    /// Refuse a user's tokens from now on, and disconnect who is connected with one
+    Revoke(RevokeArgs),
     /// Read and change the cluster's configuration, live
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -378,6 +380,14 @@ pub struct StatusArgs {
 
 #[derive(Debug, Args)]
 pub struct KickArgs {
+    pub user: String,
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct RevokeArgs {
+    /// The user; tokens issued to it later are good
     pub user: String,
     #[command(flatten)]
     pub client: ClientArgs,

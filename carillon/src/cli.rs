@@ -1,4 +1,4 @@
-//! The commands for people: push, broadcast, listen, status, kick, config. Results go to stdout, all else to stderr.
+//! The commands for people: push, broadcast, listen, status, kick, revoke, config. Results go to stdout, all else to stderr.
 
 mod broadcast;
 mod config;
@@ -98,6 +98,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Listen(args) => listen::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Kick(args) => status::kick(args).await,
+        Command::Revoke(args) => status::revoke(args).await,
         Command::Config(command) => config::run(command).await,
         Command::Send(args) => config::command(args).await,
         Command::Version(args) => version(args.output),

@@ -130,6 +130,12 @@ impl Backend {
         self.call(Method::DELETE, &self.path(&["users", user, "sessions"]), None::<&()>).await
     }
 
+    /// Revokes a user's tokens, those issued up to now: they are refused, and who is connected with one is disconnected.
+    pub async fn revoke(&self, user: &str) -> Result<Revoked, ApiError> {
+        let all = serde_json::Map::new();
+        self.call(Method::POST, &self.path(&["users", user, "revoke"]), Some(&all)).await
+    }
+
     /// Reads what a topic keeps, after a position (`{epoch}:{seq}`; empty = from the beginning).
     pub async fn pull(&self, topic: &str, after: &str, limit: u32) -> Result<Pulled, ApiError> {
         let path = self.path(&["topics", topic, "messages"]);

@@ -12,6 +12,7 @@ pub mod metrics;
 pub mod openapi;
 mod overview;
 mod rate;
+mod revoke;
 pub mod routes;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use carillon_agent::Live;
 use carillon_agent::app::App;
+use carillon_agent::revoked::RevokedUser;
 use carillon_proto::{topic, v1};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -163,6 +165,8 @@ pub const MAX_PULL: u32 = 1000;
 pub const DEFAULT_PULL: u32 = 100;
 /// Payload bytes in one answer to a pull, beyond its first message.
 const MAX_PULL_BYTES: u32 = 4 * 1024 * 1024;
+/// How far in the future the tokens may be issued that are revoked.
+const MAX_REVOKE_AHEAD_SECONDS: u64 = 3600;
 /// Highest rate of a broadcast that can be asked for, per second.
 const MAX_BROADCAST_RATE: f64 = 1e9;
 
@@ -363,6 +367,29 @@ impl Center {
             client_id: device.unwrap_or_default().to_owned(),
         };
         Ok(self.inner.cluster.kick(request).await.map_err(from_cluster)?.kicked)
+    }
+
+    /// Revokes the tokens of a user that were issued before a Unix time, seconds (None: up to now); gives that time. The
+    /// longest life of a token, if it is said, says when that may be forgotten.
+    pub async fn revoke(
+        &self,
+        caller: &Caller,
+        user: &str,
+        before: Option<u64>,
+        token_lifetime_seconds: Option<u64>,
+    ) -> Result<u64, Problem> {
+        topic::check_user(user).map_err(|error| Problem::field("user", error))?;
+        let now = carillon_proto::now_ms() / 1000;
+        // A token of this very second is one of those meant.
+        let before = before.unwrap_or(now + 1);
+        if before > now + MAX_REVOKE_AHEAD_SECONDS {
+            let text = format!("may be at most {MAX_REVOKE_AHEAD_SECONDS} seconds from now");
+            return Err(Problem::field("before", text));
+        }
+        let forget = token_lifetime_seconds.map_or(0, |seconds| before.saturating_add(seconds).max(now + 1));
+        let revoked = RevokedUser { before, forget };
+        self.inner.cluster.revoke(&caller.name, user, revoked).await.map_err(from_cluster)?;
+        Ok(before)
     }
 
     /// Reads a topic's log after a position, "{epoch}:{seq}"; from its beginning when that is not given.

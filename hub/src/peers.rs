@@ -47,6 +47,11 @@ struct Inner {
 }
 
 impl Directory {
+    /// The keeper, for changes of documents.
+    pub fn admin(&self) -> carillon_agent::admin::Admin {
+        self.inner.agent.admin()
+    }
+
     pub fn new(agent: Agent) -> Self {
         let inner = Inner {
             slots: agent.slots(),

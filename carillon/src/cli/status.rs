@@ -1,9 +1,9 @@
-//! `carillon status` and `carillon kick`.
+//! `carillon status`, `carillon kick` and `carillon revoke`.
 
 use carillon_client::backend::User;
 
 use super::{CliError, backend, print};
-use crate::args::{KickArgs, StatusArgs};
+use crate::args::{KickArgs, RevokeArgs, StatusArgs};
 
 pub async fn run(args: StatusArgs) -> Result<(), CliError> {
     let backend = backend(&args.client)?;
@@ -62,5 +62,12 @@ pub async fn kick(args: KickArgs) -> Result<(), CliError> {
         0 => format!("{} was not connected", args.user),
         1 => format!("1 connection of {} was closed", args.user),
         n => format!("{n} connections of {} were closed", args.user),
+    })
+}
+
+pub async fn revoke(args: RevokeArgs) -> Result<(), CliError> {
+    let revoked = backend(&args.client)?.revoke(&args.user).await?;
+    print(args.client.output, &revoked, |_| {
+        format!("tokens of {} issued up to now are refused; gateways follow within seconds", args.user)
     })
 }

@@ -247,6 +247,13 @@ pub struct Kicked {
     pub kicked: u32,
 }
 
+/// Which tokens are refused from now on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Revoked {
+    /// Those of the user issued before this Unix time, seconds.
+    pub before: u64,
+}
+
 /// Messages read from a topic.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pulled {

@@ -383,6 +383,28 @@ pub struct KickedBody {
     pub kicked: u32,
 }
 
+/// Which of a user's tokens are revoked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Revoke")]
+pub struct RevokeBody {
+    /// Those issued (claim `iat`) before this Unix time in seconds, and those that do not say; default: all up to now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub before: Option<u64>,
+    /// How long the app's tokens live at most, seconds: after that the revocation is forgotten. Default: it is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_lifetime_seconds: Option<u64>,
+}
+
+/// What is refused from now on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Revoked")]
+pub struct RevokedBody {
+    /// The user's tokens issued before this Unix time, seconds.
+    pub before: u64,
+}
+
 /// Messages of a topic's log, oldest first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

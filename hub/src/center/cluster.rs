@@ -1,6 +1,8 @@
 //! What the center asks of the rest of the cluster, so that its own logic can be tested without one.
 
+use super::revoke;
 use async_trait::async_trait;
+use carillon_agent::revoked::RevokedUser;
 use carillon_proto::exchange::CallError;
 use carillon_proto::v1::registry_client::RegistryClient;
 use carillon_proto::{topic, v1};
@@ -38,6 +40,8 @@ pub trait Cluster: Send + Sync + 'static {
     -> BoxFuture<'static, Result<v1::Published, ClusterError>>;
     async fn sessions(&self, request: v1::SessionsRequest) -> Result<v1::SessionsReply, ClusterError>;
     async fn kick(&self, request: v1::KickRequest) -> Result<v1::KickReply, ClusterError>;
+    /// Revokes tokens of a user; it holds when this returns, and gateways follow within about a second.
+    async fn revoke(&self, app: &str, user: &str, revoked: RevokedUser) -> Result<(), ClusterError>;
     /// The last report of every gateway, each gateway once.
     async fn overview(&self) -> Result<Vec<v1::GatewayOverview>, ClusterError>;
     async fn start_broadcast(
@@ -87,6 +91,10 @@ impl Cluster for OwnerClient {
             async move { client.kick(request).await }
         };
         Ok(self.ask_owner(&topic, ask).await?)
+    }
+
+    async fn revoke(&self, app: &str, user: &str, revoked: RevokedUser) -> Result<(), ClusterError> {
+        revoke::revoke(&self.directory().admin(), app, user, revoked).await
     }
 
     async fn overview(&self) -> Result<Vec<v1::GatewayOverview>, ClusterError> {

@@ -23,8 +23,8 @@ use tonic::server::NamedService;
 use tower_http::cors::CorsLayer;
 
 use super::body::{
-    AcceptedBody, BroadcastBody, JobBody, KickedBody, MessageBody, PulledBody, TopicMessageBody, UserBody,
-    parse,
+    AcceptedBody, BroadcastBody, JobBody, KickedBody, MessageBody, PulledBody, RevokeBody, RevokedBody,
+    TopicMessageBody, UserBody, parse,
 };
 use super::grpc::Grpc;
 use super::routes::{Op, ROUTES};
@@ -67,6 +67,7 @@ fn handler(op: Op) -> MethodRouter<Center> {
         Op::PauseBroadcast | Op::ResumeBroadcast | Op::CancelBroadcast => post(control_broadcast),
         Op::GetUser => get(get_user),
         Op::KickUser => delete(kick_user),
+        Op::RevokeUser => post(revoke_user),
         Op::PullMessages => get(pull),
         Op::GetOverview => get(overview),
         Op::GetOpenApi => get(openapi_document),
@@ -394,6 +395,16 @@ async fn kick_user(
     let device = parameters.take("device");
     parameters.end()?;
     Ok(Json(KickedBody { kicked: center.kick(&caller, &user, device.as_deref()).await? }))
+}
+
+async fn revoke_user(
+    State(center): State<Center>,
+    Segments((app, user)): Segments<(String, String)>,
+    request: Request,
+) -> Result<Json<RevokedBody>, Problem> {
+    let (caller, body) = message::<RevokeBody>(&center, &app, request).await?;
+    let before = center.revoke(&caller, &user, body.before, body.token_lifetime_seconds).await?;
+    Ok(Json(RevokedBody { before }))
 }
 
 async fn pull(

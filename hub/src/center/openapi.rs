@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::batch;
 use super::body::{
     AcceptedBody, BatchLine, BatchResult, BroadcastBody, JobBody, KickedBody, MessageBody, PulledBody,
-    TopicMessageBody, UserBody,
+    RevokeBody, RevokedBody, TopicMessageBody, UserBody,
 };
 use super::overview::Overview;
 use super::routes::{Op, Parameter, ROUTES, Route, path_parameter};
@@ -277,6 +277,14 @@ fn bodies(op: Op, generator: &mut SchemaGenerator) -> (Option<Content>, Content)
         Op::KickUser => {
             (None, Content::json::<KickedBody>("How many were told to go.", json!({"kicked": 1}), generator))
         }
+        Op::RevokeUser => (
+            Some(Content::json::<RevokeBody>(
+                "Which tokens.",
+                json!({"before": 1_774_000_000, "token_lifetime_seconds": 86_400}),
+                generator,
+            )),
+            Content::json::<RevokedBody>("They are revoked.", json!({"before": 1_774_000_000}), generator),
+        ),
         Op::PullMessages => (
             None,
             Content::json::<PulledBody>(

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use carillon_hub::center::Overview;
 use carillon_hub::center::body::{
     AcceptedBody, BatchLine, BatchResult, BroadcastBody, JobBody, KickedBody, MessageBody, PulledBody,
-    TopicMessageBody, UserBody,
+    RevokeBody, RevokedBody, TopicMessageBody, UserBody,
 };
 use carillon_hub::center::routes::ROUTES;
 use carillon_hub::dispatcher::Endpoints;
@@ -112,7 +112,7 @@ type Check = fn(&str, &Value);
 #[test]
 fn every_example_is_one() {
     let document = carillon_hub::center::openapi::document();
-    let checks: [(&str, Option<Check>, Check); 15] = [
+    let checks: [(&str, Option<Check>, Check); 16] = [
         ("pushToUser", Some(holds::<MessageBody>), holds::<AcceptedBody>),
         ("pushToGroup", Some(holds::<MessageBody>), holds::<AcceptedBody>),
         ("pushToTopic", Some(holds::<TopicMessageBody>), holds::<AcceptedBody>),
@@ -124,6 +124,7 @@ fn every_example_is_one() {
         ("cancelBroadcast", None, holds::<JobBody>),
         ("getUser", None, holds::<UserBody>),
         ("kickUser", None, holds::<KickedBody>),
+        ("revokeUser", Some(holds::<RevokeBody>), holds::<RevokedBody>),
         ("pullMessages", None, holds::<PulledBody>),
         ("getOverview", None, holds::<Overview>),
         ("getOpenApi", None, holds::<Value>),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
+use carillon_agent::revoked::RevokedUser;
 use carillon_hub::center::{Cluster, ClusterError};
 use carillon_proto::v1::{self, PublishCode};
 use futures::future::BoxFuture;
@@ -25,6 +26,7 @@ pub struct State {
     pub jobs: BTreeMap<(String, String), v1::BroadcastJob>,
     pub sessions: Vec<v1::OnlineSession>,
     pub reports: Vec<v1::GatewayOverview>,
+    pub revoked: Vec<(String, String, RevokedUser)>,
     pub asked_overview: usize,
     /// Publishes are answered only after this time.
     pub delay: Option<std::time::Duration>,
@@ -111,6 +113,14 @@ impl Cluster for TestOwner {
             session.app != request.app || session.user != request.user || !meant
         });
         Ok(v1::KickReply { kicked: (before - state.sessions.len()) as u32 })
+    }
+
+    async fn revoke(&self, app: &str, user: &str, revoked: RevokedUser) -> Result<(), ClusterError> {
+        if user == "one-too-many" {
+            return Err(ClusterError::Conflict("revoked/demo is full".to_owned()));
+        }
+        self.state.lock().revoked.push((app.to_owned(), user.to_owned(), revoked));
+        Ok(())
     }
 
     async fn overview(&self) -> Result<Vec<v1::GatewayOverview>, ClusterError> {

@@ -264,3 +264,29 @@ async fn every_request_is_counted_under_its_route() {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
 }
+
+#[tokio::test]
+async fn a_users_tokens_are_revoked() {
+    let harness = Harness::start().await;
+    let url = "/v1/apps/demo/users/alice/revoke";
+    let (status, body) = harness.json("POST", url, "{}").await;
+    let now = carillon_proto::now_ms() / 1000;
+    let before = body["before"].as_u64().expect("a time");
+    assert!(status == 200 && (now..=now + 1).contains(&before), "{status} {body}");
+    let limited = r#"{"before": 1000, "token_lifetime_seconds": 99999999999}"#;
+    assert_eq!(harness.json("POST", url, limited).await, (200, json!({"before": 1000})));
+    let revoked: Vec<_> = harness.owner.state.lock().revoked.clone();
+    let of =
+        |i: usize| (revoked[i].0.as_str(), revoked[i].1.as_str(), revoked[i].2.before, revoked[i].2.forget);
+    assert_eq!(of(0), ("demo", "alice", before, 0));
+    assert_eq!(of(1), ("demo", "alice", 1000, 1000 + 99_999_999_999));
+    for (url, body, status, field) in [
+        (url, r#"{"before": 99999999999}"#, 400, "before"),
+        (url, r#"{"after": 1}"#, 400, "after"),
+        ("/v1/apps/demo/users/a%2Fb/revoke", "{}", 400, "user"),
+    ] {
+        let (got, problem) = harness.json("POST", url, body).await;
+        assert_eq!((got, problem["field"].as_str()), (status, Some(field)), "{problem}");
+    }
+    assert_eq!(harness.json("POST", "/v1/apps/demo/users/one-too-many/revoke", "{}").await.0, 409);
+}
