@@ -42,6 +42,14 @@ impl Raw {
         }
     }
 
+    /// From another address of this machine.
+    pub async fn connect_from(address: &str, server: SocketAddr) -> Raw {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind(SocketAddr::new(address.parse().expect("an address"), 0)).expect("an address of ours");
+        let connecting = crate::within("a connection", socket.connect(server));
+        Raw { stream: connecting.await.expect("the server listens") }
+    }
+
     /// Connected as a device: version 4 (3.1.1) or 5.
     pub async fn device(server: SocketAddr, version: u8, client_id: &str) -> Raw {
         let mut raw = Raw::connect(server).await;
@@ -142,6 +150,36 @@ pub fn subscribe(version: u8, packet_id: u16, filter: &str, options: u8) -> Vec<
     if version == 5 {
         body.push(0);
     }
+    body.extend_from_slice(&string(filter));
+    body.push(options);
+    packet(0x82, &body)
+}
+
+/// CONNECT with a password and a clean start, of version 4 (3.1.1) or 5.
+pub fn connect_with_token(version: u8, client_id: &str, token: &str) -> Vec<u8> {
+    let mut body = string("MQTT");
+    // With a user name, which 3.1.1 wants where there is a password.
+    body.extend_from_slice(&[version, 0xC2, 0, 60]);
+    if version == 5 {
+        body.push(0);
+    }
+    for field in [client_id, "ignored", token] {
+        body.extend_from_slice(&string(field));
+    }
+    packet(0x10, &body)
+}
+
+/// SUBSCRIBE of version 5 with a user property `token`.
+pub fn subscribe_with_token(packet_id: u16, filter: &str, options: u8, token: &str) -> Vec<u8> {
+    let property = [&[0x26][..], &string("token"), &string(token)].concat();
+    let mut length = property.len();
+    let mut body = packet_id.to_be_bytes().to_vec();
+    while length >= 0x80 {
+        body.push((length & 0x7F) as u8 | 0x80);
+        length >>= 7;
+    }
+    body.push(length as u8);
+    body.extend_from_slice(&property);
     body.extend_from_slice(&string(filter));
     body.push(options);
     packet(0x82, &body)

@@ -187,6 +187,16 @@ impl Server {
         response.json().await.expect("JSON")
     }
 
+    /// The value of a metric, with its labels as they are written: `carillon_gateway_connects_total{result="accepted"}`.
+    /// 0 if it is not there.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let url = format!("{}/metrics", self.addresses.ops);
+        let text = self.http.get(url).send().await.expect("an answer").text().await.expect("a body");
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+            .unwrap_or_default()
+    }
+
     /// Runs a command for people against this server; it must succeed. Gives its stdout.
     pub async fn cli(&self, arguments: &[&str]) -> String {
         let output = self.cli_output(arguments).await;
