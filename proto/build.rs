@@ -10,6 +10,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     files.sort();
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(&files, [root])?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    // Most sessions have no will, and are not to be larger for it.
+    tonic_prost_build::configure()
+        .bytes(".")
+        .boxed(".carillon.v1.SessionChange.will")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -53,6 +53,10 @@ pub enum Command {
     /// Read and change the cluster's configuration, live
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Send all devices of a gateway to other gateways, at a rate, and watch how far it is
+    Drain(DrainArgs),
+    /// Send some devices of a gateway to emptier gateways
+    Rebalance(RebalanceArgs),
     /// Have a running process do something, such as log more
     #[command(name = "command")]
     Send(CommandArgs),
@@ -404,7 +408,7 @@ pub struct VersionArgs {
 pub struct CommandArgs {
     /// Its instance id, as `carillon config status` lists them
     pub instance: String,
-    /// What it shall do: log-level
+    /// What it shall do: log-level; of a gateway: drain, drain-abort, drain-status, rebalance
     pub name: String,
     /// What it needs for it: level=debug
     #[arg(value_name = "NAME=VALUE")]
@@ -414,6 +418,75 @@ pub struct CommandArgs {
     pub within: u64,
     #[command(flatten)]
     pub keeper: KeeperClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// The gateway's instance id, as `carillon status` lists them
+    pub instance: String,
+    /// Devices sent away each second [default: drain.rate_per_second of the gateway's configuration]
+    #[arg(long, value_name = "PER_SECOND")]
+    pub rate: Option<f64>,
+    /// Who is left after this time is disconnected at once: 90s, 10m, 2h [default: drain.deadline_seconds]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub deadline: Option<Duration>,
+    /// Only to these gateways; may be repeated [default: all that are not draining]
+    #[arg(long, value_name = "INSTANCE")]
+    pub to: Vec<String>,
+    /// Stop it, and take devices again
+    #[arg(long, conflicts_with_all = ["rate", "deadline", "to", "detach", "status"])]
+    pub abort: bool,
+    /// Only say how far it is
+    #[arg(long, conflicts_with_all = ["rate", "deadline", "to", "detach"])]
+    pub status: bool,
+    /// Do not wait for the end
+    #[arg(long)]
+    pub detach: bool,
+    #[command(flatten)]
+    pub keeper: KeeperClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct RebalanceArgs {
+    /// The gateway's instance id, as `carillon status` lists them
+    pub instance: String,
+    /// How many devices go
+    #[arg(long, value_name = "DEVICES", required_unless_present_any = ["down_to", "abort"], conflicts_with = "down_to")]
+    pub count: Option<u64>,
+    /// How many stay
+    #[arg(long, value_name = "DEVICES")]
+    pub down_to: Option<u64>,
+    /// Devices sent away each second [default: drain.rate_per_second of the gateway's configuration]
+    #[arg(long, value_name = "PER_SECOND")]
+    pub rate: Option<f64>,
+    /// Devices that connected less than this ago stay [default: rebalance_cooldown_seconds]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub cooldown: Option<Duration>,
+    /// Only to these gateways; may be repeated [default: all that are emptier]
+    #[arg(long, value_name = "INSTANCE")]
+    pub to: Vec<String>,
+    /// Stop it
+    #[arg(long, conflicts_with_all = ["count", "down_to", "rate", "cooldown", "to", "detach"])]
+    pub abort: bool,
+    /// Do not wait for the end
+    #[arg(long)]
+    pub detach: bool,
+    #[command(flatten)]
+    pub keeper: KeeperClientArgs,
+}
+
+/// Seconds, or a number with a unit: `90`, `90s`, `10m`, `2h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        unit => return Err(format!("the unit {unit:?} is not known: it is s, m or h")),
+    };
+    let number: u64 =
+        digits.parse().map_err(|_| "must be a whole number with a unit: 90s, 10m, 2h".to_owned())?;
+    number.checked_mul(unit).map(Duration::from_secs).ok_or_else(|| "is too long".to_owned())
 }
 
 /// Where the keeper is.

@@ -3,6 +3,7 @@
 mod broadcast;
 mod config;
 mod listen;
+mod moves;
 mod push;
 mod status;
 
@@ -99,6 +100,8 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Status(args) => status::run(args).await,
         Command::Kick(args) => status::kick(args).await,
         Command::Revoke(args) => status::revoke(args).await,
+        Command::Drain(args) => moves::drain(args).await,
+        Command::Rebalance(args) => moves::rebalance(args).await,
         Command::Config(command) => config::run(command).await,
         Command::Send(args) => config::command(args).await,
         Command::Version(args) => version(args.output),

@@ -11,6 +11,7 @@ use carillon_agent::document::DocumentKind;
 use carillon_agent::revoked::Revoked;
 use carillon_agent::{Agent, Role};
 use carillon_gateway::config::GatewayConfig;
+use carillon_gateway::drain::Mover;
 use carillon_gateway::listeners::config::Protocol;
 use carillon_gateway::{Gateway, GatewayOptions};
 use carillon_hub::config::HubConfig;
@@ -92,7 +93,7 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let hub = Box::pin(hub).await.context("the hub does not start")?;
     let (watched, own) = (agent.clone(), args.roles);
     let readiness = Arc::new(move || roles::unmet(&own, &watched));
-    let commands = carry_out_commands(&agent, logs);
+    let commands = carry_out_commands(&agent, logs, None);
     let running = process.running(readiness, args.process.drain());
     Ok(Running { hub: Some(hub), agent: Some(agent), commands: Some(commands), ..running })
 }
@@ -127,15 +128,21 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
         reasons.extend(ready.reasons());
         reasons
     });
-    let commands = carry_out_commands(&agent, logs);
+    let commands = carry_out_commands(&agent, logs, Some(gateway.mover()));
     tracing::info!("the gateway serves");
     let running = process.running(readiness, args.process.drain());
-    Ok(Running { gateway: Some(gateway), agent: Some(agent), commands: Some(commands), ..running })
+    Ok(Running {
+        gateway: Some(gateway),
+        drains: true,
+        agent: Some(agent),
+        commands: Some(commands),
+        ..running
+    })
 }
 
-fn carry_out_commands(agent: &Agent, logs: LogHandle) -> JoinHandle<()> {
+fn carry_out_commands(agent: &Agent, logs: LogHandle, mover: Option<Mover>) -> JoinHandle<()> {
     let agent = agent.clone();
-    tokio::spawn(async move { commands::serve(&agent, logs).await })
+    tokio::spawn(async move { commands::serve(&agent, logs, mover).await })
 }
 
 /// The cluster's id, which only the keeper knows; waits for it as long as it takes.
@@ -177,6 +184,7 @@ impl Process {
         Running {
             drain_within,
             gateway: None,
+            drains: false,
             hub: None,
             agent: None,
             keeper: None,

@@ -97,7 +97,8 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     });
     let ops = ops::serve(ops_listener, metrics, readiness.clone());
     let served = agent.clone();
-    let commands = tokio::spawn(async move { commands::serve(&served, logs).await });
+    let mover = gateway.mover();
+    let commands = tokio::spawn(async move { commands::serve(&served, logs, Some(mover)).await });
     until_ready(&readiness).await?;
 
     let shown = |protocol| gateway.address(protocol).map(reachable);
@@ -122,6 +123,8 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     Ok(Running {
         drain_within: Duration::from_secs(args.drain_seconds.max(1)),
         gateway: Some(gateway),
+        // The gateway of a developer's machine has nowhere to send devices to.
+        drains: false,
         hub: Some(hub),
         agent: Some(agent),
         keeper: Some(SharedKeeper::new(keeper)),

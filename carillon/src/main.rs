@@ -11,6 +11,7 @@ mod data_dir;
 mod dev;
 mod listeners;
 mod logs;
+mod moves;
 mod ops;
 mod process;
 mod process_metrics;

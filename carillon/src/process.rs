@@ -22,6 +22,9 @@ use crate::ops::Ops;
 /// What is told by a shell when a process ends by the second Ctrl-C: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
 
+/// What is left of the time for stopping when a drain has to be over.
+const DRAIN_REST: Duration = Duration::from_secs(5);
+
 /// Logs, runtime, build, serve, drain.
 pub fn run<F>(level: &str, format: LogFormat, start: impl FnOnce(LogHandle) -> F) -> anyhow::Result<()>
 where
@@ -87,6 +90,8 @@ pub struct Running {
     /// How long stopping may take.
     pub drain_within: Duration,
     pub gateway: Option<GatewayHandle>,
+    /// The gateway sends its devices to others before it ends.
+    pub drains: bool,
     pub hub: Option<HubHandle>,
     pub agent: Option<Agent>,
     pub keeper: Option<SharedKeeper>,
@@ -142,11 +147,15 @@ impl Running {
     async fn drain(self) -> anyhow::Result<()> {
         let within = self.drain_within;
         tracing::info!(within_seconds = within.as_secs(), "stopping");
-        let Running { gateway, hub, agent, keeper, ops, commands, data_dir, .. } = self;
+        let Running { gateway, drains, hub, agent, keeper, ops, commands, data_dir, .. } = self;
         let stop = async {
             if let Some(gateway) = gateway {
-                // The hub needs some of the time too.
-                gateway.stop(within / 2).await;
+                // Those who are left, and the other parts, need some of the time too.
+                let rest = if drains { (within / 4).min(DRAIN_REST) } else { within };
+                if drains {
+                    gateway.drain(within - rest).await;
+                }
+                gateway.stop(rest / 2).await;
             }
             if let Some(hub) = hub {
                 hub.stop().await;

@@ -69,6 +69,12 @@ pub struct GatewayConfig {
     pub overload: OverloadConfig,
     /// Addresses that devices connect to, besides those of the command line.
     pub listeners: Vec<ListenerConfig>,
+    /// How long a kept session whose connection dropped stays here, to go on when its device comes back; 0 = not.
+    pub resume_window_seconds: u32,
+    /// A device that connected less than this ago is not moved by a rebalance, so that none is sent round in circles.
+    pub rebalance_cooldown_seconds: u32,
+    /// How devices are sent to other gateways unless the command says otherwise, and when the process is told to stop.
+    pub drain: DrainConfig,
 }
 
 /// When CONNECTs are refused with "server busy" so that those who are connected are served on.
@@ -95,6 +101,27 @@ impl Default for OverloadConfig {
         }
     }
 }
+
+/// Part `drain` of the `gateway` document.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DrainConfig {
+    /// Devices sent away each second.
+    pub rate_per_second: f64,
+    /// Who is still there after this time is closed at once, seconds.
+    pub deadline_seconds: u32,
+}
+
+impl Default for DrainConfig {
+    fn default() -> Self {
+        DrainConfig { rate_per_second: 1000.0, deadline_seconds: 1800 }
+    }
+}
+
+/// Devices that can be asked to be moved each second.
+pub const MOVE_RATES: std::ops::RangeInclusive<f64> = 0.1..=1_000_000.0;
+/// The longest that a drain may take, seconds.
+pub const DRAIN_SECONDS: std::ops::RangeInclusive<u32> = 1..=86_400;
 
 impl Default for GatewayConfig {
     fn default() -> Self {
@@ -127,6 +154,9 @@ impl Default for GatewayConfig {
             auth_failure_window_seconds: 60,
             auth_block_seconds: 60,
             overload: OverloadConfig::default(),
+            resume_window_seconds: 10,
+            rebalance_cooldown_seconds: 300,
+            drain: DrainConfig::default(),
         }
     }
 }
@@ -135,7 +165,7 @@ impl ConfigDocument for GatewayConfig {
     const KIND: &'static str = "gateway";
 
     fn check(&self, _name: Option<&str>) -> Vec<Violation> {
-        let ranges: [(&str, u64, u64, u64); 17] = [
+        let ranges: [(&str, u64, u64, u64); 20] = [
             ("max_connections", self.max_connections.into(), 1, 16_000_000),
             ("max_packet_bytes", self.max_packet_bytes.into(), 128, 16 * 1024 * 1024),
             ("connect_timeout_ms", self.connect_timeout_ms.into(), 100, 100_000),
@@ -163,7 +193,20 @@ impl ConfigDocument for GatewayConfig {
             ("auth_block_seconds", self.auth_block_seconds.into(), 1, 86_400),
             ("allow", self.allow.len() as u64, 0, MAX_NETWORKS),
             ("deny", self.deny.len() as u64, 0, MAX_NETWORKS),
+            ("resume_window_seconds", self.resume_window_seconds.into(), 0, 600),
+            ("rebalance_cooldown_seconds", self.rebalance_cooldown_seconds.into(), 0, 86_400),
+            (
+                "drain.deadline_seconds",
+                self.drain.deadline_seconds.into(),
+                u64::from(*DRAIN_SECONDS.start()),
+                u64::from(*DRAIN_SECONDS.end()),
+            ),
         ];
+        let rate = self.drain.rate_per_second;
+        let rate = (!MOVE_RATES.contains(&rate)).then(|| {
+            let text = format!("is {rate}, must be from {} to {}", MOVE_RATES.start(), MOVE_RATES.end());
+            Violation::new("drain.rate_per_second", text)
+        });
         let mut found: Vec<Violation> = ranges
             .iter()
             .filter(|(_, value, low, high)| !(low..=high).contains(&value))
@@ -171,6 +214,7 @@ impl ConfigDocument for GatewayConfig {
                 Violation::new(*path, format!("is {value}, must be from {low} to {high}"))
             })
             .chain(listeners::check(&self.listeners))
+            .chain(rate)
             .collect();
         for (field, list) in [("allow", &self.allow), ("deny", &self.deny)] {
             for (i, network) in list.iter().enumerate() {

@@ -8,8 +8,10 @@ use crossbeam_channel::{Receiver, Sender};
 use tokio::sync::oneshot;
 
 use crate::delivery::Delivery;
+use crate::drain::Plan;
 use crate::link::{SaverFailure, SlotAnnouncement};
 use crate::listeners::LiveSettings;
+use crate::shard::Left;
 
 /// A connection, named from outside its shard. The generation tells a connection from an earlier one in its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -73,14 +75,38 @@ pub enum Event {
     Kick {
         conn: ConnId,
         reason: KickReason,
-        then: Option<ConnId>,
     },
     /// The user of a further app on this connection is to go, its session key says which.
     KickGuest {
         conn: ConnId,
         key: u128,
     },
-    /// Go on: the session that this connection takes over is closed, or there is more to read.
+    /// A device that this shard had, or whose session is parked here, has connected to another shard. `clean`: it does
+    /// not want its session.
+    HandOver {
+        from: ConnId,
+        to: ConnId,
+        clean: bool,
+    },
+    /// The answer: what is left of the session, if it is to go on from there.
+    HandedOver {
+        conn: ConnId,
+        left: Option<Box<Left>>,
+    },
+    /// Choose the devices of a job that moves them away; answered with their number.
+    PlanMove {
+        job: u64,
+        plan: Plan,
+        answer: oneshot::Sender<u64>,
+    },
+    /// Send so many of them away; `u64::MAX`: all, at once.
+    MoveAway {
+        job: u64,
+        count: u64,
+    },
+    /// The job is over; answered when that is so here.
+    EndMove(oneshot::Sender<()>),
+    /// There is more to read.
     Proceed {
         conn: ConnId,
     },

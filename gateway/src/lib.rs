@@ -8,6 +8,7 @@ mod auth;
 pub mod codec;
 pub mod config;
 mod delivery;
+pub mod drain;
 mod event;
 mod link;
 pub mod listeners;
@@ -37,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use admission::Admission;
 use auth::Keyring;
 use config::GatewayConfig;
+use drain::{Mover, State};
 use event::{Event, ShardHandle};
 use link::Link;
 use listeners::config::{ListenerConfig, Protocol};
@@ -76,7 +78,7 @@ pub struct GatewayHandle {
     shards: Vec<ShardHandle>,
     threads: Vec<std::thread::JoinHandle<()>>,
     link: Link,
-    registration: Arc<Registration>,
+    mover: Mover,
     stop: CancellationToken,
 }
 
@@ -111,6 +113,7 @@ impl Gateway {
             totals: AppTotals::default(),
             connections: AtomicUsize::new(0),
             next_connection: AtomicU64::new(1),
+            moving: drain::Moving::new(count),
         });
         let link = Link::start(
             agent.clone(),
@@ -149,7 +152,7 @@ impl Gateway {
         };
         let registration = Arc::new(Registration::new(agent.clone(), instance));
         let gateway_configs = agent.config::<GatewayConfig>();
-        tokio::spawn(listeners.follow(agent, gateway_configs, registration.clone(), stop.clone()));
+        tokio::spawn(listeners.follow(agent.clone(), gateway_configs, registration.clone(), stop.clone()));
 
         let followed = shared.clone();
         let stopped = stop.clone();
@@ -183,8 +186,9 @@ impl Gateway {
                 }
             }
         });
-        tokio::spawn(report(shared, link.clone(), stop.clone()));
-        Ok(GatewayHandle { addresses, shards, threads, link, registration, stop })
+        let mover = Mover::new(shared.clone(), link.clone(), agent, shards.clone(), registration);
+        tokio::spawn(report(shared, link.clone(), mover.clone(), stop.clone()));
+        Ok(GatewayHandle { addresses, shards, threads, link, mover, stop })
     }
 }
 
@@ -196,13 +200,24 @@ impl GatewayHandle {
 
     /// A cheap view for readiness checks.
     pub fn readiness(&self) -> Readiness {
-        Readiness { link: self.link.clone() }
+        Readiness { link: self.link.clone(), mover: self.mover.clone() }
+    }
+
+    /// Drains and rebalances.
+    pub fn mover(&self) -> Mover {
+        self.mover.clone()
+    }
+
+    /// Sends the devices to other gateways, if there are any, at the configured rate; whoever is left after `within`
+    /// is disconnected by [`stop`](Self::stop).
+    pub async fn drain(&self, within: Duration) {
+        self.mover.drain_to_stop(within).await;
     }
 
     /// Leaves discovery, tells every device that the server shuts down, hands their sessions to the saver, and ends.
     /// Bounded: what is not done after `deadline` is left.
     pub async fn stop(self, deadline: Duration) {
-        self.registration.set_draining(true);
+        self.mover.leave();
         let stopping = async {
             for shard in &self.shards {
                 let (done, stopped) = oneshot::channel();
@@ -227,16 +242,21 @@ impl GatewayHandle {
 #[derive(Clone)]
 pub struct Readiness {
     link: Link,
+    mover: Mover,
 }
 
 impl Readiness {
     /// Why devices cannot be served yet; empty when they can.
     pub fn reasons(&self) -> Vec<String> {
-        self.link.not_ready()
+        let mut reasons = self.link.not_ready();
+        if self.mover.state() != State::Active {
+            reasons.push(format!("this gateway is {}", self.mover.state().name()));
+        }
+        reasons
     }
 }
 
-async fn report(shared: Arc<Shared>, link: Link, stop: CancellationToken) {
+async fn report(shared: Arc<Shared>, link: Link, mover: Mover, stop: CancellationToken) {
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     loop {
         tokio::select! {
@@ -262,6 +282,9 @@ async fn report(shared: Arc<Shared>, link: Link, stop: CancellationToken) {
                 })
                 .collect(),
             bytes_resident: overload::resident_bytes(Path::new("/")).unwrap_or(0),
+            max_connections: shared.config.load().max_connections.into(),
+            state: mover.state().wire().into(),
+            moving: mover.progress(),
         });
     }
 }

@@ -7,6 +7,7 @@ mod attach;
 mod publish;
 mod saver;
 mod subscribe;
+mod wills;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub use subscribe::{Begun, Underway, Wanted};
 pub const OWNER_WAIT: Duration = Duration::from_secs(10);
 /// Changes waiting for one registry before its stream is given up and begun anew.
 const ATTACH_QUEUE: usize = 1 << 20;
+/// How long one registry may take to say how all gateways do.
+const OVERVIEW_WITHIN: Duration = Duration::from_secs(2);
 
 #[derive(Clone)]
 pub struct Link {
@@ -57,8 +60,7 @@ pub(crate) struct Inner {
     /// The newest epoch known of each slot: older deliveries come from a deposed owner.
     epochs: Vec<AtomicU64>,
     broadcasts: Mutex<HashMap<Arc<str>, BroadcastCount>>,
-    /// Wills whose delay runs, by session key.
-    wills: Mutex<HashMap<u128, tokio::task::AbortHandle>>,
+    wills: wills::Wills,
     stop: CancellationToken,
 }
 
@@ -119,7 +121,7 @@ impl Link {
             slots: ArcSwap::default(),
             epochs: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
             broadcasts: Mutex::default(),
-            wills: Mutex::default(),
+            wills: wills::Wills::default(),
             stop,
         });
         Link { inner }
@@ -210,32 +212,26 @@ impl Link {
         self.inner.to_all(|| AttachCommand::Report(report.clone()));
     }
 
-    /// Publishes a will, after its delay unless its session comes back first (MQTT 5.0 §3.1.3.2.2).
-    pub fn publish_will(&self, key: u128, mut message: v1::Message, delay: Duration) {
-        if delay.is_zero() {
-            message.published_ms = carillon_proto::now_ms();
-            return self.publish(message, |_| {});
+    /// How all gateways do, as one of the registries was told; every gateway reports to each.
+    pub async fn overview(&self) -> Result<v1::OverviewReply, String> {
+        let addresses: Vec<String> =
+            self.inner.registries.read().values().map(|registry| registry.address.clone()).collect();
+        let mut failed = "no registry is known".to_owned();
+        for address in addresses {
+            let asked = async {
+                let endpoint = endpoint(&address).ok_or("its address is not valid")?;
+                let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+                let mut client = v1::registry_client::RegistryClient::new(channel);
+                let reply = client.overview(v1::OverviewRequest {}).await;
+                reply.map(tonic::Response::into_inner).map_err(|status| status.to_string())
+            };
+            match tokio::time::timeout(OVERVIEW_WITHIN, asked).await {
+                Ok(Ok(reply)) => return Ok(reply),
+                Ok(Err(error)) => failed = format!("{address}: {error}"),
+                Err(_) => failed = format!("{address}: no answer in time"),
+            }
         }
-        let link = self.clone();
-        let task = self.inner.runtime.spawn(async move {
-            tokio::time::sleep(delay).await;
-            link.inner.wills.lock().remove(&key);
-            message.published_ms = carillon_proto::now_ms();
-            link.publish(message, |_| {});
-        });
-        if let Some(before) = self.inner.wills.lock().insert(key, task.abort_handle()) {
-            before.abort();
-        }
-    }
-
-    /// The session is back: its will is not to be published.
-    pub fn cancel_will(&self, key: u128) {
-        let mut wills = self.inner.wills.lock();
-        if !wills.is_empty()
-            && let Some(will) = wills.remove(&key)
-        {
-            will.abort();
-        }
+        Err(failed)
     }
 
     /// A shard's part of a broadcast: how many it has to serve, how many it has.

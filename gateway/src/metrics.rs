@@ -34,6 +34,11 @@ pub const OVERLOADED: &str = "carillon_gateway_overloaded_state";
 pub const MEMORY_RATIO: &str = "carillon_gateway_memory_ratio";
 pub const MEMORY_LIMIT: &str = "carillon_gateway_memory_limit_bytes";
 pub const LOOP_LAG: &str = "carillon_gateway_loop_lag_seconds";
+pub const DRAINING: &str = "carillon_gateway_draining";
+pub const MOVED: &str = "carillon_gateway_moved_total";
+pub const PARKED: &str = "carillon_gateway_parked_sessions";
+pub const RESUMED: &str = "carillon_gateway_resumed_total";
+pub const PARKED_ENDED: &str = "carillon_gateway_parked_ended_total";
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -81,6 +86,12 @@ pub struct Metrics {
     pub memory_ratio: Gauge,
     pub memory_limit: IntGauge,
     pub loop_lag: Gauge,
+    /// 0 = active, 1 = draining, 2 = drained.
+    pub draining: IntGauge,
+    pub moved: IntCounter,
+    pub parked: IntGauge,
+    pub resumed: IntCounter,
+    pub parked_ended: IntCounter,
 }
 
 impl Metrics {
@@ -184,6 +195,17 @@ impl Metrics {
             memory_ratio: ratio(MEMORY_RATIO, "Memory used, of the tightest limit that holds")?,
             memory_limit: gauge(MEMORY_LIMIT, "The tightest memory limit that holds")?,
             loop_lag: ratio(LOOP_LAG, "Longest round of a shard's loop in the last second")?,
+            draining: gauge(DRAINING, "0 = active, 1 = draining, 2 = drained")?,
+            moved: counter(MOVED, "Devices sent to other gateways by a drain or a rebalance")?,
+            parked: gauge(
+                PARKED,
+                "Sessions whose connection dropped, kept here until their devices come back",
+            )?,
+            resumed: counter(RESUMED, "Sessions that went on with a new connection, without the saver")?,
+            parked_ended: counter(
+                PARKED_ENDED,
+                "Sessions whose devices did not come back in the resume window",
+            )?,
         })
     }
 }

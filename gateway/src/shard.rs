@@ -16,8 +16,10 @@ mod deliver;
 mod flush;
 mod guests;
 mod layers;
+mod move_away;
 mod outbound;
 mod pace;
+mod parked;
 mod publish;
 mod read;
 mod secure;
@@ -42,14 +44,19 @@ use tokio::sync::oneshot;
 use crate::admission::Admission;
 use crate::auth::{Apps, Keyring};
 use crate::config::GatewayConfig;
+use crate::drain::Moving;
 use crate::event::{self, ConnId, Event, Inbox, ShardHandle};
 use crate::link::{Link, Underway};
 use crate::listeners::LiveSettings;
 use crate::metrics::{AppCounts, AppTotals, Counts, Metrics};
 use crate::overload::Overload;
 use conn::{Conn, conn_id};
+use move_away::MoveAway;
+use parked::Parking;
 use timers::{TICK, Tick, Timers};
 use topics::Topics;
+
+pub use parked::Left;
 
 /// Tokens of listeners and of the bell are above those of connections.
 const LISTENERS: usize = 1 << 40;
@@ -77,6 +84,7 @@ pub struct Shared {
     pub metrics: Metrics,
     pub totals: AppTotals,
     pub connections: AtomicUsize,
+    pub moving: Moving,
     pub next_connection: AtomicU64,
 }
 
@@ -127,6 +135,11 @@ pub struct Shard {
     /// What one read of a connection over TLS has brought.
     plain: Vec<u8>,
     scratch: Vec<u8>,
+    parking: Parking,
+    /// The devices that are being moved to other gateways.
+    moving: Option<Box<MoveAway>>,
+    /// Sockets of devices that were told to go, until when.
+    lingering: VecDeque<(Tick, mio::net::TcpStream)>,
     stopping: Option<oneshot::Sender<()>>,
 }
 
@@ -174,6 +187,9 @@ impl Shard {
             buffer: vec![0; READ_BUFFER_BYTES],
             plain: Vec::new(),
             scratch: Vec::new(),
+            parking: Parking::default(),
+            moving: None,
+            lingering: VecDeque::new(),
             stopping: None,
         };
         Ok((shard, handle))
@@ -230,6 +246,8 @@ impl Shard {
                 self.look_at(entry);
             }
             self.read_paced();
+            self.end_late_parked();
+            self.end_lingering();
             if self.now / 10 != last_second {
                 last_second = self.now / 10;
                 self.each_second();
@@ -278,7 +296,18 @@ impl Shard {
             Event::Published { conn, ticket, outcome } => self.published(conn, ticket, outcome),
             Event::Read { conn, topic, result } => self.have_read(conn, &topic, result),
             Event::KickGuest { conn, key } => self.kick_guest(conn, key, "kicked"),
-            Event::Kick { conn, reason, then } => self.kick(conn, reason, then),
+            Event::Kick { conn, reason } => self.kick(conn, reason),
+            Event::HandOver { from, to, clean } => {
+                let left = self.hand_over(from, to, clean);
+                self.link.shard(to.shard.into()).post(Event::HandedOver { conn: to, left });
+            }
+            Event::HandedOver { conn, left } => self.handed_over(conn, left),
+            Event::PlanMove { job, plan, answer } => drop(answer.send(self.plan_move(job, plan))),
+            Event::MoveAway { job, count } => self.move_away(job, count),
+            Event::EndMove(answer) => {
+                self.end_move();
+                let _ = answer.send(());
+            }
             Event::Proceed { conn } => self.proceed(conn),
             Event::AnnounceSessions(announcement) => self.announce_sessions(&announcement),
             Event::Listen { id, socket, settings } => self.listen(id, socket, settings),
@@ -326,8 +355,8 @@ impl Shard {
     }
 
     fn announce_sessions(&self, announcement: &crate::link::SlotAnnouncement) {
-        for (_, conn) in &self.conns {
-            let Some(session) = conn.session.as_ref().filter(|session| session.is_online) else { continue };
+        let connected = self.conns.iter().filter_map(|(_, conn)| conn.session.as_deref());
+        for session in connected.chain(self.parking.sessions()).filter(|session| session.is_online) {
             let inbox = carillon_proto::topic::inbox(&session.app, &session.user);
             if announcement.has(carillon_proto::topic::slot_of(&inbox)) {
                 self.link.session_changed(connect::online(session, true));
@@ -343,8 +372,9 @@ impl Shard {
 
     /// A saver that has restarted takes every session for closed, and lets it expire, until it hears of it.
     fn claim_sessions(&self) {
-        for (_, conn) in &self.conns {
-            if let Some(session) = conn.session.as_ref().filter(|session| session.attachment.is_some()) {
+        let connected = self.conns.iter().filter_map(|(_, conn)| conn.session.as_deref());
+        for session in connected.chain(self.parking.sessions()) {
+            if session.attachment.is_some() {
                 self.send_acks(session, Vec::new());
             }
         }
@@ -357,6 +387,7 @@ impl Shard {
         for index in all {
             self.close(index, close::Reason::ShuttingDown);
         }
+        self.end_all_parked();
         self.each_second();
         let _ = done.send(());
     }

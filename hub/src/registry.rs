@@ -94,6 +94,8 @@ impl RegistryConfig {
 pub const PRESENCE_KIND: &str = "$presence";
 /// Presence events that wait to be published; further ones are dropped and counted.
 const PRESENCE_QUEUE: usize = 65_536;
+/// Wills that wait to be published; further ones are dropped and counted.
+const WILL_QUEUE: usize = 262_144;
 /// How often jobs are tended.
 const TEND: Duration = Duration::from_millis(250);
 /// How long a stop waits for what is in flight.
@@ -143,11 +145,13 @@ impl Registry {
         let apps = agent.configs::<App>();
         let count = std::thread::available_parallelism().map_or(4, usize::from).clamp(4, 8);
         let (presence, events) = mpsc::channel(PRESENCE_QUEUE);
+        let (wills, due_wills) = mpsc::channel(WILL_QUEUE);
         let stop = CancellationToken::new();
         let worker_deps = WorkerDeps {
             directory: deps.directory.clone(),
             metrics: metrics.clone(),
             presence,
+            wills,
             stop: stop.clone(),
         };
         let registry = config.borrow().registry.clone();
@@ -179,6 +183,8 @@ impl Registry {
         });
         let feed = Feed { workers, ownership, apps, config, gateways: agent.instances(Role::Gateway) };
         tokio::spawn(stop.clone().run_until_cancelled_owned(feed.run()));
+        let publishing = publish_wills(due_wills, deps.owners.clone(), metrics.clone());
+        tokio::spawn(stop.clone().run_until_cancelled_owned(publishing));
         tokio::spawn(stop.clone().run_until_cancelled_owned(publish_presence(events, deps.owners, metrics)));
         tokio::spawn(stop.clone().run_until_cancelled_owned(tend(shared.clone())));
         Ok(Registry { shared, stop })
@@ -332,6 +338,48 @@ async fn publish_presence(
                 }
             };
             metrics.presence.with_label_values(&[outcome]).inc();
+            drop(permit);
+        });
+    }
+}
+
+/// Publishes the wills of sessions whose gateway is gone. The gateway may have come to it: the ids make it once.
+async fn publish_wills(
+    mut wills: mpsc::Receiver<v1::Message>,
+    owners: OwnerClient,
+    metrics: metrics::Metrics,
+) {
+    /// Wills that may be unanswered: as many devices may go with one gateway.
+    const UNANSWERED: usize = 1024;
+    /// A will is the last that is heard of a device: worth more than one deadline.
+    const ATTEMPTS: usize = 12;
+    let under_way = Arc::new(tokio::sync::Semaphore::new(UNANSWERED));
+    while let Some(message) = wills.recv().await {
+        let Ok(permit) = under_way.clone().acquire_owned().await else { return };
+        let (owners, metrics) = (owners.clone(), metrics.clone());
+        tokio::spawn(async move {
+            let mut outcome = "dropped";
+            for _ in 0..ATTEMPTS {
+                let request = v1::PublishRequest {
+                    message: Some(message.clone()),
+                    idempotent: true,
+                    ..v1::PublishRequest::default()
+                };
+                match owners.publish(request).await {
+                    Ok(_) => {
+                        outcome = "published";
+                        break;
+                    }
+                    Err(error) => {
+                        tracing::warn!(topic = message.topic, %error, "a will could not be published");
+                        if matches!(error, PublishError::Refused(_)) {
+                            break;
+                        }
+                    }
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            metrics.wills.with_label_values(&[outcome]).inc();
             drop(permit);
         });
     }

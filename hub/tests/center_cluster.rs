@@ -259,7 +259,13 @@ async fn a_user_at_a_gateway_is_found_and_kicked_and_a_broadcast_is_watched() ->
     };
     send(attach_up::Body::Sessions(v1::SessionChanges { changes: vec![change] })).await?;
     let apps = vec![v1::AppReport { app: "demo".to_owned(), connections: 1, ..v1::AppReport::default() }];
-    send(attach_up::Body::Report(v1::GatewayReport { connections: 1, apps, bytes_resident: 0 })).await?;
+    send(attach_up::Body::Report(v1::GatewayReport {
+        connections: 1,
+        apps,
+        bytes_resident: 0,
+        ..v1::GatewayReport::default()
+    }))
+    .await?;
 
     let found = async {
         loop {

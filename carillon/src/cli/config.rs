@@ -133,7 +133,7 @@ fn yaml(value: &serde_json::Value) -> String {
     serde_yaml::to_string(value).unwrap_or_else(|_| value.to_string())
 }
 
-fn admin(args: &KeeperClientArgs) -> Result<Admin, CliError> {
+pub(super) fn admin(args: &KeeperClientArgs) -> Result<Admin, CliError> {
     if !args.keeper.is_empty() {
         return Ok(Admin::new(args.keeper.clone()));
     }

@@ -28,8 +28,9 @@ pub async fn run(args: StatusArgs) -> Result<(), CliError> {
                 );
                 for gateway in &overview.gateways {
                     text.push_str(&format!(
-                        "\ngateway      {}  {} connections, {} delivered{}",
+                        "\ngateway      {}  {}  {} connections, {} delivered{}",
                         gateway.gateway,
+                        gateway.state,
                         gateway.connections,
                         gateway.delivered,
                         rate(gateway.delivered_per_second)

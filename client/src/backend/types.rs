@@ -235,6 +235,9 @@ pub struct Overview {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GatewayNumbers {
     pub gateway: String,
+    /// `active`, `draining`, `drained`.
+    #[serde(default)]
+    pub state: String,
     pub connections: u64,
     pub delivered: u64,
     #[serde(default)]

@@ -212,6 +212,7 @@ impl Stream {
             self.announce(routes).await?;
         }
         if !complete.is_empty() {
+            inner.announce_wills(registry, &complete);
             let announcement =
                 SlotAnnouncement { inner: inner.clone(), registry: registry.clone(), complete };
             let announcement = Arc::new(announcement);
@@ -359,6 +360,10 @@ fn kick(inner: &Arc<Inner>, kick: &v1::KickSession) {
     {
         shard.post(Event::KickGuest { conn, key });
     }
+    if kick.connection != 0 {
+        // Its will may be all that is left of it here.
+        inner.cancel_will(key, Some(kick.connection));
+    }
     let Some((conn, _)) = inner.sessions.find(key).filter(is_meant) else { return };
     let reason = match kick.reason() {
         v1::kick_session::Reason::TakenOver => KickReason::TakenOver,
@@ -366,6 +371,6 @@ fn kick(inner: &Arc<Inner>, kick: &v1::KickSession) {
     };
     let ConnId { shard, .. } = conn;
     if let Some(shard) = inner.shards().get(shard as usize) {
-        shard.post(Event::Kick { conn, reason, then: None });
+        shard.post(Event::Kick { conn, reason });
     }
 }

@@ -21,21 +21,36 @@ impl Link {
     /// Forwards a message; `done` is called once, from any thread, when it was accepted or refused or nobody answered in
     /// time. Publishes of one thread to one topic are sequenced in the order of these calls.
     pub fn publish(&self, message: v1::Message, done: impl FnOnce(PublishOutcome) + Send + 'static) {
+        self.publish_as(message, false, done);
+    }
+
+    /// As [`publish`](Self::publish), for a message with an id that another may publish too: it is accepted once.
+    pub fn publish_once(&self, message: v1::Message) {
+        self.publish_as(message, true, |_| {});
+    }
+
+    fn publish_as(
+        &self,
+        message: v1::Message,
+        idempotent: bool,
+        done: impl FnOnce(PublishOutcome) + Send + 'static,
+    ) {
         let deadline = Instant::now() + OWNER_WAIT;
         let again = message.clone();
         let link = self.clone();
         let settle = move |answer: Result<v1::Published, CallError>| match outcome(answer) {
             Some(reason) => done(PublishOutcome { reason }),
             // A task only for what needs another try.
-            None => link.retry(again, deadline, done),
+            None => link.retry(again, idempotent, deadline, done),
         };
         // The first try is queued here and now: order is the order of calls.
-        self.forward(message, settle);
+        self.forward(message, idempotent, settle);
     }
 
     fn retry(
         &self,
         message: v1::Message,
+        idempotent: bool,
         deadline: Instant,
         done: impl FnOnce(PublishOutcome) + Send + 'static,
     ) {
@@ -51,7 +66,7 @@ impl Link {
                 // It may have been accepted although we have not heard so; then it is published twice, with one id. That is
                 // what QoS 1 promises, and cheaper than a look-up for each message.
                 let (answered, answer) = oneshot::channel();
-                link.forward(message.clone(), move |result| drop(answered.send(result)));
+                link.forward(message.clone(), idempotent, move |result| drop(answered.send(result)));
                 if let Ok(answer) = answer.await
                     && let Some(reason) = outcome(answer)
                 {
@@ -65,18 +80,15 @@ impl Link {
     fn forward(
         &self,
         message: v1::Message,
+        idempotent: bool,
         answer: impl FnOnce(Result<v1::Published, CallError>) + Send + 'static,
     ) {
         let owner = self.inner.owner(&message.topic);
         let registries = self.inner.registries.read();
         match owner.and_then(|owner| registries.get(&owner)) {
             Some(registry) => {
-                let request = v1::PublishRequest {
-                    correlation: 0,
-                    message: Some(message),
-                    store: None,
-                    idempotent: false,
-                };
+                let request =
+                    v1::PublishRequest { correlation: 0, message: Some(message), store: None, idempotent };
                 registry.publish.call_then(request, answer);
             }
             None => answer(Err(CallError::Disconnected("the topic's owner".to_owned()))),

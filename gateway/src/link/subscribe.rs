@@ -118,6 +118,24 @@ impl Link {
         }
     }
 
+    /// Joins a route that another shard has, for a session that goes on in this one. False: it is not in force yet.
+    pub fn join_in_force(&self, filter: &Arc<str>, shard: usize) -> bool {
+        let nobody = || -> Waiter { Box::new(|_| {}) };
+        let joined = if topic::is_wildcard(filter) {
+            self.inner.routes.join_wild(filter, shard, &self.inner.registry_names(), nobody)
+        } else {
+            self.inner.routes.join(filter, shard, nobody)
+        };
+        if joined == (Joined::Wait { announce: true }) {
+            if topic::is_wildcard(filter) {
+                self.inner.to_all(|| AttachCommand::WildRoute(filter.clone()));
+            } else {
+                self.inner.to_owner(filter, AttachCommand::Route(filter.clone()));
+            }
+        }
+        matches!(joined, Joined::Ready(_))
+    }
+
     /// Gives the outcomes if nothing more is needed, else asks the saver and answers with an event.
     fn routes_known(&self, conn: ConnId, packet_id: u16, state: State) -> Option<Vec<Result<Granted, u8>>> {
         let State { session, wanted, routed, .. } = state;

@@ -7,9 +7,12 @@ use carillon_proto::v1;
 
 use super::Shard;
 use super::conn::Phase;
-use super::connect::protocol;
+use super::connect::{online, protocol};
 use crate::codec::{self, Disconnect, Version, reason};
-use crate::event::{ConnId, Event, KickReason};
+use crate::event::{ConnId, KickReason};
+
+/// How long the will of a device that was sent to another gateway waits for it to arrive there, at least.
+const MOVED_WILL_SECONDS: u32 = 30;
 
 /// Why a connection ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,14 +46,20 @@ pub enum Reason {
         text: String,
     },
     TakenOver,
+    /// By another connection to this gateway, which goes on with the session.
+    TakenOverHere,
     Kicked,
     ShuttingDown,
+    /// Sent to another gateway: its "host:port", if there is one with the scheme that the device uses.
+    Moved {
+        to: Option<String>,
+    },
     /// A publish of an MQTT 3.1.1 device could not be accepted, which its protocol cannot say.
     PublishFailed,
 }
 
 impl Reason {
-    fn label(&self) -> &'static str {
+    pub(super) fn label(&self) -> &'static str {
         match self {
             Reason::Normal { .. } => "normal",
             Reason::Network => "network",
@@ -67,7 +76,8 @@ impl Reason {
             Reason::SlowConsumer => "slow_consumer",
             Reason::PendingOverflow => "pending_overflow",
             Reason::ProtocolError { .. } => "protocol_error",
-            Reason::TakenOver => "taken_over",
+            Reason::TakenOver | Reason::TakenOverHere => "taken_over",
+            Reason::Moved { .. } => "moved",
             Reason::Kicked => "kicked",
             Reason::ShuttingDown => "shutting_down",
             Reason::PublishFailed => "publish_failed",
@@ -81,9 +91,17 @@ impl Reason {
             Reason::TokenExpired | Reason::Revoked => Some(reason::NOT_AUTHORIZED),
             Reason::Banned => Some(reason::BANNED),
             Reason::ProtocolError { reason, .. } => Some(*reason),
-            Reason::TakenOver => Some(reason::SESSION_TAKEN_OVER),
+            Reason::TakenOver | Reason::TakenOverHere => Some(reason::SESSION_TAKEN_OVER),
+            Reason::Moved { .. } => Some(reason::USE_ANOTHER_SERVER),
             Reason::Kicked => Some(reason::ADMINISTRATIVE_ACTION),
             Reason::ShuttingDown => Some(reason::SERVER_SHUTTING_DOWN),
+            _ => None,
+        }
+    }
+
+    fn server_reference(&self) -> Option<&str> {
+        match self {
+            Reason::Moved { to } => to.as_deref(),
             _ => None,
         }
     }
@@ -115,16 +133,14 @@ impl Shard {
         self.close(index, Reason::Normal { with_will });
     }
 
-    pub(super) fn kick(&mut self, id: ConnId, kick: KickReason, then: Option<ConnId>) {
-        if let Some(index) = self.find(id) {
-            let reason = match kick {
-                KickReason::TakenOver => Reason::TakenOver,
-                KickReason::Administrative => Reason::Kicked,
-            };
-            self.close(index, reason);
-        }
-        if let Some(next) = then {
-            self.link.shard(next.shard.into()).post(Event::Proceed { conn: next });
+    pub(super) fn kick(&mut self, id: ConnId, kick: KickReason) {
+        let reason = match kick {
+            KickReason::TakenOver => Reason::TakenOver,
+            KickReason::Administrative => Reason::Kicked,
+        };
+        match self.find(id) {
+            Some(index) => self.close(index, reason),
+            None => drop(self.end_parked(id, Some(reason))),
         }
     }
 
@@ -139,7 +155,12 @@ impl Shard {
             self.scratch.clear();
             if let Some(code) = why.code() {
                 let wants_text = conn.session.as_ref().is_some_and(|session| session.wants_problems);
-                codec::disconnect(&mut self.scratch, code, why.text().filter(|_| wants_text), None);
+                codec::disconnect(
+                    &mut self.scratch,
+                    code,
+                    why.text().filter(|_| wants_text),
+                    why.server_reference(),
+                );
                 let _ = conn.send(&self.scratch, self.round, self.now);
             }
         }
@@ -153,55 +174,78 @@ impl Shard {
         let _ = conn.stream.shutdown(Shutdown::Write);
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);
         self.shared.admission.leave(conn.source);
-
-        for at in 0..conn.subs.len() {
-            self.drop_subscription(conn.subs[at]);
+        let parks = self.parks(&conn, &why);
+        if matches!(why, Reason::Moved { .. }) {
+            self.linger(conn.stream);
         }
+
         self.link.metrics().subscriptions.sub(conn.subs.len() as i64);
-        let Some(mut session) = conn.session.take() else {
-            self.not_pending();
-            self.link.metrics().disconnects.with_label_values(&[why.label()]).inc();
-            return;
-        };
+        self.link.metrics().disconnects.with_label_values(&[why.label()]).inc();
+        if !parks {
+            for at in 0..conn.subs.len() {
+                self.drop_subscription(conn.subs[at]);
+            }
+        }
+        let Some(mut session) = conn.session.take() else { return self.not_pending() };
         if let Some(pending) = session.pending.take() {
             self.release_pending(&pending);
         }
-        self.link.sessions().release(session.key, id);
         if let Some(positions) = self.acks.remove(&index) {
             self.send_acks(&session, positions);
         }
         self.shared.admission.leave_app(&session.app);
         let left = session.guests().map(|guest| session.left(guest, why.label())).collect();
         self.guests_left(left);
-        self.close_kept(&mut session);
-        self.link.metrics().disconnects.with_label_values(&[why.label()]).inc();
-        if !session.is_online {
-            return;
+        if session.is_online {
+            self.apps[session.app_index as usize].1.connections -= 1;
+            self.link.metrics().connections.with_label_values(&[protocol(conn.version)]).dec();
         }
-        self.apps[session.app_index as usize].1.connections -= 1;
-        self.link.metrics().connections.with_label_values(&[protocol(conn.version)]).dec();
-        self.link.session_changed(v1::SessionChange {
-            online: false,
-            reason: why.label().to_owned(),
-            ..super::connect::online(&session, false)
-        });
+        if parks {
+            if session.will.is_some() {
+                let still = online(&session, true);
+                self.settle_will(&mut session, &why, still);
+            }
+            return self.park(id, session, &conn.subs, why);
+        }
+        self.link.sessions().release(session.key, id);
+        self.close_kept(&mut session);
+        if session.is_online {
+            let gone = v1::SessionChange {
+                online: false,
+                reason: why.label().to_owned(),
+                ..online(&session, false)
+            };
+            self.settle_will(&mut session, &why, gone);
+        }
+    }
+
+    /// What becomes of the will when its connection ends; `change` is what the registry is told of the session.
+    fn settle_will(&self, session: &mut super::conn::Session, why: &Reason, change: v1::SessionChange) {
         let publishes = |will: &super::conn::Will| match why {
-            Reason::Normal { with_will } => with_will,
+            Reason::Normal { with_will } => *with_will,
             // The session goes on elsewhere: a will with a delay is for those that do not (MQTT 5.0 §3.1.4-3).
-            Reason::TakenOver => will.delay_seconds == 0,
+            Reason::TakenOver | Reason::TakenOverHere => will.delay_seconds == 0,
             // It is not the device that has gone (MQTT 5.0 §3.1.2.5).
             Reason::ShuttingDown => false,
             _ => true,
         };
-        if let Some(will) = session.will.take().filter(|will| publishes(will)) {
-            // The will goes no later than the session does (MQTT 5.0 §3.1.3.2.2).
-            let delay = will.delay_seconds.min(session.expiry_seconds);
-            self.link.publish_will(session.key, will.message, std::time::Duration::from_secs(delay.into()));
-        }
+        let will = session.will.take();
+        let change = v1::SessionChange { will: None, ..change };
+        let Some(will) = will.filter(|will| publishes(will)) else {
+            return self.link.session_changed(change);
+        };
+        // The will goes no later than the session does (MQTT 5.0 §3.1.3.2.2).
+        let delay_seconds = match why {
+            // The device is on its way; it has gone if it does not arrive.
+            Reason::Moved { .. } => will.delay_seconds.min(session.expiry_seconds).max(MOVED_WILL_SECONDS),
+            _ => will.delay_seconds.min(session.expiry_seconds),
+        };
+        let delay = std::time::Duration::from_secs(delay_seconds.into());
+        self.link.publish_will(session.key, change, will.message, delay);
     }
 
     /// Tells the saver where its session stands.
-    fn close_kept(&self, session: &mut super::conn::Session) {
+    pub(super) fn close_kept(&self, session: &mut super::conn::Session) {
         let Some(attachment) = session.attachment else { return };
         let mut sent: Vec<v1::AckPosition> = Vec::new();
         for flight in session.inflight.take().into_iter().flat_map(|inflight| inflight.flights) {

@@ -23,7 +23,10 @@ impl Shard {
             return self.close(index, Reason::ProtocolError { reason: reason::PROTOCOL_ERROR, text });
         }
         conn.version = connect.version;
-        let certificate = conn.take_certificate_user();
+        if self.refuses() {
+            return self.refuse_elsewhere(index);
+        }
+        let certificate = self.conns[index as usize].take_certificate_user();
         let (apps, keyring) = (self.shared.apps.load_full(), self.shared.keyring.load_full());
         let leeway = self.config.token_leeway_seconds;
         let admitted = self
@@ -47,21 +50,16 @@ impl Shard {
         conn.session = Some(Box::new(session));
         conn.forget_arrival();
         conn.phase = Phase::Opening;
-        self.link.cancel_will(key);
+        self.link.cancel_will(key, None);
         let id = self.id(index);
         match self.link.sessions().take(key, id, connection) {
             Some(before) if usize::from(before.shard) == self.index => {
-                self.kick(before, crate::event::KickReason::TakenOver, None);
-                self.open(index);
+                let left = self.hand_over(before, id, connect.clean_start);
+                self.handed_over(id, left);
             }
             Some(before) => {
                 self.conns[index as usize].is_paused = true;
-                let kick = crate::event::Event::Kick {
-                    conn: before,
-                    reason: crate::event::KickReason::TakenOver,
-                    then: Some(id),
-                };
-                self.link.shard(before.shard.into()).post(kick);
+                self.ask_for(before, id, connect.clean_start);
             }
             None => self.open(index),
         }
@@ -174,11 +172,13 @@ impl Shard {
         );
         // Its life begins when it is published.
         message.expires_ms = 0;
+        // Whoever publishes it: once.
+        message.id = uuid::Uuid::now_v7().to_string();
         Ok(Some(Will { message, delay_seconds: will.delay_seconds }))
     }
 
     /// The session is this connection's alone now: fetch what was kept, or begin afresh.
-    fn open(&mut self, index: u32) {
+    pub(super) fn open(&mut self, index: u32) {
         let id = self.id(index);
         let conn = &mut self.conns[index as usize];
         let Some(session) = &conn.session else { return };
@@ -208,9 +208,7 @@ impl Shard {
 
     pub(super) fn proceed(&mut self, id: ConnId) {
         let Some(index) = self.find(id) else { return };
-        if self.conns[index as usize].phase == Phase::Opening {
-            self.open(index);
-        } else if !self.conns[index as usize].is_paused {
+        if !self.conns[index as usize].is_paused {
             self.resume(index);
         }
     }
@@ -347,6 +345,13 @@ pub(super) fn online(session: &Session, again: bool) -> v1::SessionChange {
         connection: session.connection,
         again,
         reason: String::new(),
+        will: session.will.as_ref().map(|will| {
+            Box::new(v1::Will {
+                message: Some(will.message.clone()),
+                delay_ms: 1000 * u64::from(will.delay_seconds.min(session.expiry_seconds)),
+                due: false,
+            })
+        }),
     }
 }
 

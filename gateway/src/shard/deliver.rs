@@ -16,7 +16,7 @@ use crate::codec::{QoS, Variation, Version};
 use crate::delivery::Delivery;
 
 /// Messages that are in no log and are held for one device while it catches up or its window is full.
-const HELD_MAX: usize = 1000;
+pub(super) const HELD_MAX: usize = 1000;
 /// Topics on which one device's wildcard subscriptions remember where they are; beyond it one of them begins anew.
 const WILD_CURSORS_MAX: usize = 10_000;
 
@@ -33,6 +33,7 @@ impl Shard {
         let mut wild: SmallVec<[TopicId; 4]> = SmallVec::new();
         self.topics.wild_matching(&delivery.topic, &mut wild);
         let exact = self.topics.find(&delivery.topic);
+        self.hold_for_parked(exact, &wild, delivery);
         if delivery.message.stored {
             for &filter in &wild {
                 self.topics.note_passed(filter, &delivery.topic, delivery.message.prev, delivery.message.seq);

@@ -182,7 +182,7 @@ impl Shard {
         }
     }
 
-    fn release(&mut self, topic: TopicId) {
+    pub(super) fn release(&mut self, topic: TopicId) {
         if let Some(name) = self.topics.release(topic) {
             self.link.leave(&name, self.index);
         }

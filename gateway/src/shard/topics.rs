@@ -52,7 +52,7 @@ pub struct Topic {
 }
 
 /// Topics remembered of those that came by; a SUBSCRIBE takes milliseconds.
-const PASSED_MAX: usize = 10_000;
+pub const PASSED_MAX: usize = 10_000;
 
 impl Topic {
     pub fn is_wild(&self) -> bool {
@@ -141,6 +141,10 @@ impl Topics {
     pub fn passed(&self, id: TopicId) -> Vec<(Arc<str>, u64, u64)> {
         let passed = self.topics[id as usize].passed.iter().flat_map(|passed| passed.iter());
         passed.map(|(name, &(prev, seq))| (name.clone(), prev, seq)).collect()
+    }
+
+    pub fn passed_len(&self, id: TopicId) -> usize {
+        self.topics[id as usize].passed.as_ref().map_or(0, |passed| passed.len())
     }
 
     pub fn subscribe(&mut self, id: TopicId, sub: Sub) -> SubRef {

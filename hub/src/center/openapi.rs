@@ -301,6 +301,11 @@ fn bodies(op: Op, generator: &mut SchemaGenerator) -> (Option<Content>, Content)
             let mut gateway = numbers.clone();
             gateway["gateway"] = json!("gateway-0");
             gateway["age_seconds"] = json!(0.4);
+            gateway["state"] = json!("draining");
+            gateway["moving"] = json!({
+                "kind": "drain", "began_ms": 1_767_225_600_000_u64, "ended_ms": 0, "aborted": false,
+                "rate_per_second": 1000.0, "total": 15, "moved": 13, "left": 2
+            });
             let mut overview = numbers;
             overview["app"] = json!("demo");
             overview["gateways"] = json!([gateway]);

@@ -27,8 +27,48 @@ pub struct GatewayNumbers {
     pub gateway: String,
     /// Age of its last report.
     pub age_seconds: f64,
+    /// `active`, `draining`, `drained`.
+    pub state: String,
+    /// The drain or rebalance that runs, or else the last one; null when there was none since it started.
+    pub moving: Option<Moving>,
     #[serde(flatten)]
     pub numbers: Numbers,
+}
+
+/// How far a gateway is that sends devices to others.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Moving {
+    /// `drain`, `rebalance`.
+    pub kind: String,
+    /// Unix time in milliseconds.
+    pub began_ms: u64,
+    /// 0 while it runs.
+    pub ended_ms: u64,
+    pub aborted: bool,
+    pub rate_per_second: f64,
+    /// Devices to be moved, when it began.
+    pub total: u64,
+    pub moved: u64,
+    pub left: u64,
+}
+
+impl Moving {
+    fn of(progress: &v1::MoveProgress) -> Self {
+        let kind = match progress.kind() {
+            v1::move_progress::Kind::Rebalance => "rebalance",
+            _ => "drain",
+        };
+        Moving {
+            kind: kind.to_owned(),
+            began_ms: progress.began_ms,
+            ended_ms: progress.ended_ms,
+            aborted: progress.aborted,
+            rate_per_second: progress.rate_per_second,
+            total: progress.total,
+            moved: progress.moved,
+            left: progress.left,
+        }
+    }
 }
 
 /// Totals since the gateways started. Rates are over the time between their last two reports; null until there are
@@ -76,6 +116,8 @@ struct Pair {
 struct Sample {
     at: Instant,
     apps: HashMap<String, v1::AppReport>,
+    state: v1::GatewayState,
+    moving: Option<v1::MoveProgress>,
 }
 
 impl Sampler {
@@ -86,8 +128,10 @@ impl Sampler {
         for overview in reports {
             let report = overview.report.unwrap_or_default();
             let at = now.checked_sub(Duration::from_millis(overview.age_ms)).unwrap_or(now);
+            let state = report.state();
+            let moving = report.moving;
             let apps = report.apps.into_iter().map(|app| (app.app.clone(), app)).collect();
-            let sample = Sample { at, apps };
+            let sample = Sample { at, apps, state, moving };
             let pair = match gateways.remove(&overview.instance) {
                 None => Pair { before: None, last: sample },
                 Some(pair) if at.saturating_duration_since(pair.last.at) < SAME_REPORT => pair,
@@ -104,7 +148,18 @@ impl Sampler {
             let numbers = pair.numbers(app);
             overview.numbers.add(&numbers);
             let age_seconds = now.saturating_duration_since(pair.last.at).as_secs_f64();
-            overview.gateways.push(GatewayNumbers { gateway: gateway.clone(), age_seconds, numbers });
+            let state = match pair.last.state {
+                v1::GatewayState::Draining => "draining",
+                v1::GatewayState::Drained => "drained",
+                v1::GatewayState::Active | v1::GatewayState::Unspecified => "active",
+            };
+            overview.gateways.push(GatewayNumbers {
+                gateway: gateway.clone(),
+                age_seconds,
+                state: state.to_owned(),
+                moving: pair.last.moving.as_ref().map(Moving::of),
+                numbers,
+            });
         }
         overview
     }
@@ -145,8 +200,12 @@ mod tests {
             ..v1::AppReport::default()
         };
         let other = v1::AppReport { app: "other".to_owned(), connections: 1000, ..v1::AppReport::default() };
-        let report =
-            v1::GatewayReport { connections: connections + 1000, apps: vec![demo, other], bytes_resident: 1 };
+        let report = v1::GatewayReport {
+            connections: connections + 1000,
+            apps: vec![demo, other],
+            bytes_resident: 1,
+            ..v1::GatewayReport::default()
+        };
         v1::GatewayOverview { instance: gateway.to_owned(), report: Some(report), age_ms }
     }
 
@@ -154,10 +213,19 @@ mod tests {
     fn rates_come_from_two_reports_and_sum_over_gateways() {
         let mut sampler = Sampler::default();
         let start = Instant::now() + Duration::from_secs(100);
-        sampler.take(start, vec![report("a", 0, 3, 100), report("b", 500, 4, 1000)]);
+        let mut draining = report("b", 500, 4, 1000);
+        if let Some(report) = &mut draining.report {
+            report.state = v1::GatewayState::Draining.into();
+            report.moving = Some(v1::MoveProgress { total: 7, moved: 3, left: 4, ..Default::default() });
+        }
+        sampler.take(start, vec![report("a", 0, 3, 100), draining]);
         let first = sampler.overview(start, "demo");
         assert_eq!((first.numbers.connections, first.numbers.delivered), (7, 1100));
         assert_eq!(first.numbers.delivered_per_second, None);
+        let states: Vec<_> = first.gateways.iter().map(|gateway| gateway.state.as_str()).collect();
+        assert_eq!(states, ["active", "draining"]);
+        let moving = first.gateways[1].moving.as_ref().expect("it drains");
+        assert_eq!((moving.kind.as_str(), moving.total, moving.moved, moving.left), ("drain", 7, 3, 4));
 
         // The same reports once more, a little later, change nothing.
         let soon = start + Duration::from_millis(300);

@@ -12,6 +12,7 @@ mod recent;
 mod routing;
 mod slots;
 mod topic;
+mod wills;
 
 #[cfg(test)]
 mod tests;
@@ -84,6 +85,8 @@ pub enum Output {
         kick: v1::KickSession,
     },
     Presence(PresenceEvent),
+    /// The will of a session whose gateway is gone: to be published.
+    Will(v1::Message),
     /// The slot was found to be owned elsewhere.
     GaveUp {
         slot: u32,

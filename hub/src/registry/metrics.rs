@@ -18,6 +18,10 @@ pub const PRESENCE: (&str, &str) = (
     "carillon_registry_presence_events_total",
     "Presence events for webhooks, by outcome (published, dropped)",
 );
+pub const WILLS: (&str, &str) = (
+    "carillon_registry_wills_total",
+    "Wills of devices whose gateway was lost, by outcome (published, dropped)",
+);
 pub const SLOTS: (&str, &str) = ("carillon_registry_slots", "Slots owned by this instance");
 pub const SLOTS_NOT_WHOLE: (&str, &str) =
     ("carillon_registry_slots_not_whole", "Slots whose messages go to all gateways");
@@ -39,6 +43,7 @@ pub struct Metrics {
     pub gave_up: IntCounter,
     pub kicks: IntCounter,
     pub presence: IntCounterVec,
+    pub wills: IntCounterVec,
     pub slots: IntGauge,
     pub slots_not_whole: IntGauge,
     pub topics: IntGauge,
@@ -74,6 +79,7 @@ impl Metrics {
             gave_up: counter(GAVE_UP)?,
             kicks: counter(KICKS)?,
             presence: counters(PRESENCE, "outcome")?,
+            wills: counters(WILLS, "outcome")?,
             slots: gauge(SLOTS)?,
             slots_not_whole: gauge(SLOTS_NOT_WHOLE)?,
             topics: gauge(TOPICS)?,

@@ -135,6 +135,8 @@ pub struct WorkerDeps {
     pub directory: Directory,
     pub metrics: Metrics,
     pub presence: mpsc::Sender<PresenceEvent>,
+    /// Wills of sessions whose gateway is gone.
+    pub wills: mpsc::Sender<v1::Message>,
     /// Ends the workers.
     pub stop: CancellationToken,
 }
@@ -424,6 +426,11 @@ impl Worker {
                 Output::Presence(event) => {
                     if self.deps.presence.try_send(event).is_err() {
                         self.deps.metrics.presence.with_label_values(&["dropped"]).inc();
+                    }
+                }
+                Output::Will(message) => {
+                    if self.deps.wills.try_send(message).is_err() {
+                        self.deps.metrics.wills.with_label_values(&["dropped"]).inc();
                     }
                 }
                 Output::GaveUp { slot } => {

@@ -171,7 +171,12 @@ async fn an_overview_shows_the_apps_own_numbers() {
             delivered,
             ..v1::AppReport::default()
         });
-        let report = v1::GatewayReport { connections: 53, apps: apps.to_vec(), bytes_resident: 1 };
+        let report = v1::GatewayReport {
+            connections: 53,
+            apps: apps.to_vec(),
+            bytes_resident: 1,
+            ..v1::GatewayReport::default()
+        };
         vec![v1::GatewayOverview { instance: "gateway-0".to_owned(), report: Some(report), age_ms: 0 }]
     };
     harness.owner.state.lock().reports = report(100);

@@ -2,7 +2,7 @@
 //!
 //! A session whose gateway's stream is gone is *lost*: it is no longer shown, but its end is reported only when the
 //! gateway is gone from discovery, or has not announced it again for a while. So a stream that breaks for a moment fires
-//! no presence events.
+//! no presence events; nor does a device that its gateway has sent to another one, if it arrives there in that time.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -12,9 +12,12 @@ use carillon_proto::{topic, v1};
 
 use super::Output;
 use super::routing::{Attached, Receiver, Routing};
+use super::wills::{Online, Wills};
 
 /// How long a lost session may take to be announced again.
 const LOST_MS: u64 = 30_000;
+/// The reason of an end that is to be the beginning at another gateway.
+const MOVED: &str = "moved";
 
 /// A session came or went. Shaped as the coordinator's webhook shows it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -52,6 +55,8 @@ struct Session {
 struct Lost {
     gateway: Attached,
     at_ms: u64,
+    /// It was sent to another gateway: that this one goes is of no account.
+    moved: bool,
 }
 
 #[derive(Debug, Default)]
@@ -61,6 +66,7 @@ pub struct Sessions {
     /// How many there are, lost ones too.
     len: usize,
     lost: usize,
+    wills: Wills,
 }
 
 impl Sessions {
@@ -69,6 +75,31 @@ impl Sessions {
     }
 
     pub fn change(
+        &mut self,
+        receiver: Receiver,
+        change: v1::SessionChange,
+        now_ms: u64,
+        routing: &Routing,
+        apps: &BTreeMap<String, Arc<App>>,
+        out: &mut Vec<Output>,
+    ) {
+        if change.will.is_none() && self.wills.is_empty() {
+            return self.changed(receiver, change, now_ms, routing, apps, out);
+        }
+        let Some(name) = &change.session else { return };
+        let inbox = topic::inbox(&name.app, &name.user);
+        self.changed(receiver, change.clone(), now_ms, routing, apps, out);
+        let mut user = self.users.get(inbox.as_str()).into_iter().flatten();
+        let online = user.find(|session| *session.client_id == *name.client_id).map(|session| Online {
+            receiver: session.receiver,
+            connection: session.connection,
+            since_ms: session.since_ms,
+        });
+        let key = (inbox.into(), name.client_id.as_str().into());
+        self.wills.change(receiver, key, &change, online, now_ms, routing, out);
+    }
+
+    fn changed(
         &mut self,
         receiver: Receiver,
         change: v1::SessionChange,
@@ -88,6 +119,14 @@ impl Sessions {
                     && session.connection == change.connection
             });
             let Some(place) = place else { return };
+            if change.reason == MOVED
+                && let Some(attached) = routing.get(receiver)
+            {
+                let lost = Lost { gateway: attached.clone(), at_ms: now_ms, moved: true };
+                self.lost += usize::from(user[place].lost.is_none());
+                user[place].lost = Some(Box::new(lost));
+                return;
+            }
             let session = user.swap_remove(place);
             self.len -= 1;
             let event = ended(&inbox, &session, user, gateway, &change.reason, now_ms);
@@ -159,17 +198,24 @@ impl Sessions {
         }
     }
 
+    /// A gateway has announced all it has.
+    pub fn complete(&mut self, gateway: &Attached) {
+        self.wills.complete(gateway);
+    }
+
     /// The stream of a receiver is gone.
     pub fn lose(&mut self, receiver: Receiver, attached: &Attached, now_ms: u64) {
+        self.wills.lose(receiver, now_ms);
         for session in self.users.values_mut().flatten() {
             if session.receiver == receiver && session.lost.is_none() {
-                session.lost = Some(Box::new(Lost { gateway: attached.clone(), at_ms: now_ms }));
+                session.lost =
+                    Some(Box::new(Lost { gateway: attached.clone(), at_ms: now_ms, moved: false }));
                 self.lost += 1;
             }
         }
     }
 
-    /// Ends lost sessions whose gateway is gone, or that were lost too long ago.
+    /// Ends lost sessions whose gateway is gone, or that were lost too long ago; publishes wills.
     pub fn end_lost(
         &mut self,
         now_ms: u64,
@@ -177,11 +223,14 @@ impl Sessions {
         apps: &BTreeMap<String, Arc<App>>,
         out: &mut Vec<Output>,
     ) {
+        self.wills.tick(now_ms, routing, out);
         if self.lost == 0 {
             return;
         }
         let why = |lost: &Lost| {
-            if !routing.is_live(&lost.gateway.instance, lost.gateway.incarnation) {
+            if lost.moved {
+                (now_ms.saturating_sub(lost.at_ms) >= LOST_MS).then_some(MOVED)
+            } else if !routing.is_live(&lost.gateway.instance, lost.gateway.incarnation) {
                 Some("gateway_lost")
             } else {
                 // Its gateway is there, or will be, but has not announced it again.

@@ -209,6 +209,9 @@ impl Core {
             match self.slots.get_mut(&number) {
                 Some(slot) if slot.epoch == epoch => {
                     slot.complete.insert(receiver);
+                    if let Some(gateway) = self.routing.get(receiver) {
+                        slot.sessions.complete(gateway);
+                    }
                     slot.whole = self.routing.is_whole(&slot.complete);
                 }
                 Some(slot) if slot.epoch > epoch => {}

@@ -175,6 +175,7 @@ fn line(output: &Output) -> String {
             let what = if event.online { "online" } else { "offline" };
             format!("presence {} {what} sessions {} {}", event.client_id, event.sessions, event.reason)
         }
+        Output::Will(message) => format!("will {}", message.topic),
         Output::GaveUp { .. } => "gave up".to_owned(),
     }
 }
@@ -581,6 +582,7 @@ fn change(client_id: &str, online: bool, connection: u64, since_ms: u64, again: 
         connection,
         again,
         reason: if online { String::new() } else { "normal".into() },
+        will: None,
     }
 }
 
@@ -678,4 +680,132 @@ fn sessions_of_a_gateway_that_is_gone_end() {
     bench.core.detach(1, bench.now_ms);
     bench.core.set_live(HashSet::new());
     assert_eq!(bench.tick(100), ["presence a offline sessions 0 gateway_lost"]);
+}
+
+#[test]
+fn a_session_that_was_moved_is_not_reported_if_it_arrives() {
+    let mut bench = Bench::new();
+    with_presence(&mut bench);
+    bench.core.set_live([("g1".into(), 1), ("g2".into(), 1)].into());
+    bench.attach_complete(1, "g1");
+    bench.attach_complete(2, "g2");
+    let moved = |client| v1::SessionChange { reason: "moved".into(), ..change(client, false, 1, 10, false) };
+    bench.session(1, change("a", true, 1, 10, false));
+    bench.session(1, change("b", true, 1, 10, false));
+    assert_eq!(bench.session(1, moved("a")), [""; 0]);
+    assert_eq!(bench.session(1, moved("b")), [""; 0]);
+    assert_eq!(bench.online(), [""; 0]);
+    // The gateway that was drained ends; that is no news of its former devices.
+    bench.core.detach(1, bench.now_ms);
+    bench.core.set_live([("g2".into(), 1)].into());
+    assert_eq!(bench.tick(1000), [""; 0]);
+    assert_eq!(bench.session(2, change("a", true, 1, 20, false)), [""; 0]);
+    assert_eq!(bench.online(), ["a@g2"]);
+    assert_eq!(bench.tick(30_000), ["presence b offline sessions 1 moved"]);
+}
+
+// --- wills ---
+
+fn with_will(change: v1::SessionChange, delay_ms: u64, due: bool) -> v1::SessionChange {
+    let message = v1::Message { topic: "demo/will".into(), qos: 1, ..v1::Message::default() };
+    v1::SessionChange { will: Some(Box::new(v1::Will { message: Some(message), delay_ms, due })), ..change }
+}
+
+/// Two gateways, and a session with a will at the first.
+fn with_two_gateways(delay_ms: u64) -> Bench {
+    let mut bench = Bench::new();
+    bench.core.set_live([("g1".into(), 1), ("g2".into(), 1)].into());
+    bench.attach_complete(1, "g1");
+    bench.attach_complete(2, "g2");
+    bench.session(1, with_will(change("a", true, 7, 10, false), delay_ms, false));
+    bench
+}
+
+fn lose_first(bench: &mut Bench) {
+    bench.core.detach(1, bench.now_ms);
+    bench.core.set_live([("g2".into(), 1)].into());
+}
+
+#[test]
+fn the_will_of_a_gateway_that_is_gone_is_published_after_its_delay_and_once() {
+    let mut bench = with_two_gateways(5000);
+    lose_first(&mut bench);
+    assert_eq!(bench.tick(4900), [""; 0]);
+    assert_eq!(bench.tick(200), ["will demo/will"]);
+    assert_eq!(bench.tick(60_000), [""; 0]);
+    // While the gateway is there, the will is its own business.
+    let mut bench = with_two_gateways(0);
+    bench.core.detach(1, bench.now_ms);
+    assert_eq!(bench.tick(60_000), [""; 0]);
+    bench.core.set_live([("g2".into(), 1)].into());
+    assert_eq!(bench.tick(100), ["will demo/will"]);
+}
+
+#[test]
+fn a_will_is_no_more_when_its_session_ended_or_came_back() {
+    let mut bench = with_two_gateways(0);
+    bench.session(1, change("a", false, 7, 10, false));
+    lose_first(&mut bench);
+    assert_eq!(bench.tick(60_000), [""; 0]);
+    let mut bench = with_two_gateways(5000);
+    bench.core.detach(1, bench.now_ms);
+    bench.session(2, change("a", true, 1, 20, false));
+    bench.core.set_live([("g2".into(), 1)].into());
+    assert_eq!(bench.tick(60_000), [""; 0]);
+    // The same after the connection had ended, with the delay running.
+    let mut bench = with_two_gateways(5000);
+    bench.session(1, with_will(change("a", false, 7, 10, false), 5000, true));
+    lose_first(&mut bench);
+    bench.session(2, change("a", true, 1, 20, false));
+    assert_eq!(bench.tick(60_000), [""; 0]);
+}
+
+#[test]
+fn a_delay_that_runs_goes_on_without_its_gateway() {
+    let mut bench = with_two_gateways(5000);
+    bench.session(1, with_will(change("a", false, 7, 10, false), 5000, true));
+    assert_eq!(bench.tick(3000), [""; 0]);
+    lose_first(&mut bench);
+    assert_eq!(bench.tick(1900), [""; 0]);
+    assert_eq!(bench.tick(200), ["will demo/will"]);
+}
+
+#[test]
+fn a_gateway_is_told_that_its_device_came_back_elsewhere() {
+    let due = || with_will(change("a", false, 7, 10, false), 60_000, true);
+    let mut bench = with_two_gateways(60_000);
+    bench.session(1, due());
+    assert_eq!(bench.session(2, change("a", true, 1, 20, false)), ["kick 1/7 taken_over"]);
+    // Announced to an owner that did not know of it, after the device had come back.
+    let again = v1::SessionChange { again: true, ..due() };
+    assert_eq!(bench.session(1, again), ["kick 1/7 taken_over"]);
+    lose_first(&mut bench);
+    assert_eq!(bench.tick(120_000), [""; 0]);
+}
+
+#[test]
+fn a_parked_session_keeps_its_will_and_a_published_one_is_forgotten() {
+    let mut bench = with_two_gateways(5000);
+    bench.session(1, with_will(change("a", true, 7, 10, true), 5000, true));
+    assert_eq!(bench.session(1, change("a", true, 7, 10, true)), [""; 0]);
+    lose_first(&mut bench);
+    assert_eq!(bench.tick(5100), ["will demo/will"]);
+    let mut bench = with_two_gateways(0);
+    // Published when the connection dropped; the session stays.
+    bench.session(1, change("a", true, 7, 10, true));
+    lose_first(&mut bench);
+    assert_eq!(bench.tick(5100), [""; 0]);
+}
+
+#[test]
+fn wills_that_are_not_announced_again_are_no_more() {
+    let mut bench = with_two_gateways(0);
+    bench.core.detach(1, bench.now_ms);
+    bench.attach(3, "g1");
+    bench.session(3, with_will(change("b", true, 8, 10, true), 0, false));
+    bench.complete(3);
+    bench.core.detach(3, bench.now_ms);
+    bench.core.set_live([("g2".into(), 1)].into());
+    assert_eq!(bench.tick(100), ["will demo/will"]);
+    assert_eq!(bench.tick(60_000), [""; 0]);
 }
