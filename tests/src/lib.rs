@@ -4,6 +4,8 @@
 //! knows how Carillon works inside.
 
 pub mod certificates;
+pub mod cluster;
+pub mod device;
 pub mod mqtt;
 pub mod server;
 pub mod tools;
