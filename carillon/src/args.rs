@@ -299,8 +299,8 @@ pub struct PushArgs {
     /// To a topic, with or without the app's level
     #[arg(long)]
     pub topic: Option<String>,
-    /// 0: at most once; 1: at least once
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
+    /// 0: at most once; 1: at least once; 2: exactly once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=2))]
     pub qos: u8,
     /// Not delivered after so many seconds
     #[arg(long, value_name = "SECONDS")]

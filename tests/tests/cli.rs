@@ -163,7 +163,7 @@ async fn mistakes_are_explained() {
     for (arguments, code, expected) in [
         (&["push", "alice"][..], 2, "the user comes first, then the text"),
         (&["push", "alice", "x", "--group", "g"], 2, "only the text is given"),
-        (&["push", "alice", "x", "--qos", "2"], 2, "2 is not in 0..=1"),
+        (&["push", "alice", "x", "--qos", "3"], 2, "3 is not in 0..=2"),
         (&["push", "al/ice", "x"], 1, "user"),
         (&["push", "--topic", "a/#", "x"], 1, "topic"),
         (&["push", "alice", "x", "--api-key", "wrong"], 1, "CARILLON_API_KEY"),

@@ -29,8 +29,8 @@ pub fn message(
 ) -> Result<v1::Message, Problem> {
     topic::check_name(&topic).map_err(|error| Problem::field("topic", error))?;
     let qos = match qos.unwrap_or(1) {
-        qos @ (0 | 1) => qos as u32,
-        _ => return Err(Problem::field("qos", "must be 0 or 1")),
+        qos @ 0..=2 => qos as u32,
+        _ => return Err(Problem::field("qos", "must be 0, 1 or 2")),
     };
     if let Some(id) = &id {
         check_id(id)?;

@@ -223,14 +223,14 @@ fn bodies(op: Op, generator: &mut SchemaGenerator) -> (Option<Content>, Content)
             Content::json::<AcceptedBody>(told, accepted("demo/news/local"), generator),
         ),
         Op::PushBatch => {
-            let problem = problem::Problem::field("qos", "must be 0 or 1").document();
+            let problem = problem::Problem::field("qos", "must be 0, 1 or 2").document();
             let problem = ProblemDocument { line: Some(2), ..problem };
             (
                 Some(Content::lines::<BatchLine>(
                     "A message a line. Blank lines are skipped.",
                     &[
                         json!({"user": "alice", "payload": "one"}),
-                        json!({"topic": "news", "payload": "two", "qos": 2}),
+                        json!({"topic": "news", "payload": "two", "qos": 3}),
                     ],
                     generator,
                 )),

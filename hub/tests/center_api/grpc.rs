@@ -99,7 +99,7 @@ async fn errors_have_the_code_and_say_the_field() {
         ),
         (DEMO, push(None, "x"), Code::InvalidArgument, "`to` is missing"),
         (DEMO, push(user("a/b"), "x"), Code::InvalidArgument, "`user`"),
-        (DEMO, v1::PushRequest { qos: Some(2), ..push(user("alice"), "x") }, Code::InvalidArgument, "`qos`"),
+        (DEMO, v1::PushRequest { qos: Some(3), ..push(user("alice"), "x") }, Code::InvalidArgument, "`qos`"),
         (DEMO, push(user("alice"), &large), Code::ResourceExhausted, "max_payload_bytes"),
         (DEMO, push(Some(To::Topic("fail/refused".to_owned())), "x"), Code::InvalidArgument, "no, never"),
         (DEMO, push(Some(To::Topic("fail/store".to_owned())), "x"), Code::Unavailable, "disk is full"),

@@ -189,7 +189,7 @@ async fn a_newer_incarnation_replaces_the_older_stream() {
 async fn what_can_never_be_accepted_is_refused_at_once() {
     let cluster = Cluster::start(&[("demo", "")]).await;
     let owners = cluster.owners();
-    for (topic, qos, says) in [("demo/+", 1, "wildcard"), ("demo/g/a", 2, "qos is 2")] {
+    for (topic, qos, says) in [("demo/+", 1, "wildcard"), ("demo/g/a", 3, "qos is 3")] {
         match owners.publish(request(topic, "x", qos)).await {
             Err(PublishError::Refused(text)) => assert!(text.contains(says), "{text}"),
             other => panic!("{topic}: {other:?}"),

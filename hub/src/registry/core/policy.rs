@@ -43,8 +43,8 @@ pub fn policy(app: &App, message: &v1::Message, store: Option<bool>) -> Policy {
 /// Why a message is never acceptable.
 pub fn check(message: &v1::Message) -> Result<(), String> {
     topic::check_name(&message.topic).map_err(|error| format!("topic {error}"))?;
-    if message.qos > 1 {
-        return Err(format!("qos is {}, not 0 or 1", message.qos));
+    if message.qos > 2 {
+        return Err(format!("qos is {}, not 0, 1 or 2", message.qos));
     }
     if message.payload.len() > MAX_PAYLOAD_BYTES {
         return Err(format!("payload has {} bytes, more than {MAX_PAYLOAD_BYTES}", message.payload.len()));
