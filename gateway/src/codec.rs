@@ -36,6 +36,9 @@ pub use shared::{PublishFields, SharedPublish, Variation};
 /// The largest value of a variable byte integer (§1.5.5), thus of the remaining length of a packet.
 pub const MAX_REMAINING_LENGTH: usize = 268_435_455;
 
+/// A CONNACK or DISCONNECT with nothing but a reason code and a reason string is no longer than the string and this.
+pub const REASON_BYTES: usize = 16;
+
 /// The protocol version of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Version {

@@ -38,10 +38,13 @@ pub struct GatewayConfig {
     pub max_session_expiry_seconds: u32,
     /// Session expiry of MQTT 3.1.1 devices with clean session 0, which cannot say one, seconds.
     pub default_session_expiry_seconds: u32,
-    /// QoS 1 publishes that a device may have unanswered (MQTT 5 Receive Maximum).
+    /// Publishes of QoS 1 and 2 that a device may have unanswered (MQTT 5 Receive Maximum).
     pub receive_maximum: u16,
-    /// QoS 1 deliveries that may be unanswered by a device, whatever it allows.
+    /// Deliveries of QoS 1 and 2 that may be unanswered by a device, whatever it allows.
     pub max_inflight: u16,
+    /// Topic aliases that a device may use (MQTT 5 Topic Alias Maximum), and that are used towards it if it allows as many;
+    /// each that is in use costs the length of its topic. 0 = none.
+    pub topic_alias_maximum: u16,
     /// Subscriptions of one session.
     pub max_subscriptions: u32,
     /// Those among them that hold a wildcard.
@@ -140,6 +143,7 @@ impl Default for GatewayConfig {
             default_session_expiry_seconds: 7 * 24 * 3600,
             receive_maximum: 64,
             max_inflight: 64,
+            topic_alias_maximum: 16,
             max_subscriptions: 1000,
             max_wildcard_subscriptions: 100,
             max_topic_bytes: 1024,
@@ -165,12 +169,13 @@ impl ConfigDocument for GatewayConfig {
     const KIND: &'static str = "gateway";
 
     fn check(&self, _name: Option<&str>) -> Vec<Violation> {
-        let ranges: [(&str, u64, u64, u64); 20] = [
+        let ranges: [(&str, u64, u64, u64); 21] = [
             ("max_connections", self.max_connections.into(), 1, 16_000_000),
             ("max_packet_bytes", self.max_packet_bytes.into(), 128, 16 * 1024 * 1024),
             ("connect_timeout_ms", self.connect_timeout_ms.into(), 100, 100_000),
             ("receive_maximum", self.receive_maximum.into(), 1, 65_535),
             ("max_inflight", self.max_inflight.into(), 1, 65_535),
+            ("topic_alias_maximum", self.topic_alias_maximum.into(), 0, 1024),
             ("max_subscriptions", self.max_subscriptions.into(), 1, 100_000),
             (
                 "max_topic_bytes",

@@ -53,6 +53,17 @@ impl Delivery {
         self.message.expires_ms != 0 && self.message.expires_ms <= now_ms
     }
 
+    /// Seconds left now, if the frame says something else: it has waited since it was encoded (MQTT 5.0 §3.3.2.3.3).
+    pub fn expiry_left(&self, frame: &SharedPublish, now_ms: u64) -> Option<u32> {
+        let encoded = frame.message_expiry()?;
+        Some(self.seconds_left(now_ms)).filter(|left| *left != encoded)
+    }
+
+    fn seconds_left(&self, now_ms: u64) -> u32 {
+        let left_ms = self.message.expires_ms.saturating_sub(now_ms);
+        u32::try_from(left_ms.div_ceil(1000)).unwrap_or(u32::MAX)
+    }
+
     fn encode(&self, version: Version, relative: bool) -> Result<SharedPublish, EncodeError> {
         let message = &self.message;
         let name =
@@ -61,21 +72,21 @@ impl Delivery {
         let properties = message.properties.as_ref().unwrap_or(&default);
         let (epoch, seq) = (message.epoch.to_string(), message.seq.to_string());
         let mut user: Vec<(&str, &str)> = Vec::with_capacity(4 + properties.user.len());
-        if message.seq != 0 {
-            user.push(("epoch", &epoch));
-            user.push(("seq", &seq));
-        }
-        if !message.id.is_empty() {
-            user.push(("id", &message.id));
-        }
-        if !message.stored {
-            user.push(("stored", "0"));
+        // Who does not name the app knows nothing of Carillon, and gets what the publisher sent and nothing else.
+        if !relative {
+            if message.seq != 0 {
+                user.push(("epoch", &epoch));
+                user.push(("seq", &seq));
+            }
+            if !message.id.is_empty() {
+                user.push(("id", &message.id));
+            }
+            if !message.stored {
+                user.push(("stored", "0"));
+            }
         }
         user.extend(properties.user.iter().map(|p| (p.key.as_str(), p.value.as_str())));
-        let message_expiry = (message.expires_ms != 0).then(|| {
-            let left_ms = message.expires_ms.saturating_sub(carillon_proto::now_ms());
-            u32::try_from(left_ms.div_ceil(1000)).unwrap_or(u32::MAX)
-        });
+        let message_expiry = (message.expires_ms != 0).then(|| self.seconds_left(carillon_proto::now_ms()));
         let response_topic = if relative {
             let app = topic::app_of(&self.topic);
             properties

@@ -370,7 +370,7 @@ async fn run(steps: Vec<Step>) {
                     session: session(client),
                     attachment: kept.attachment,
                     expiry_seconds: if forget { 0 } else { 3600 },
-                    sent: Vec::new(),
+                    ..v1::CloseSession::default()
                 };
                 store.close_session(close).await.expect("closed");
                 if forget {

@@ -116,8 +116,12 @@ async fn every_operation_crosses_the_wire() {
     let positions = vec![v1::AckPosition { topic: "demo/a".to_owned(), seq: 2 }];
     let ack = v1::Ack { session: session.clone(), attachment, positions };
     let acked = running.exchange.call(request(Op::Ack(ack)));
-    let close =
-        v1::CloseSession { session: session.clone(), attachment, expiry_seconds: 60, sent: Vec::new() };
+    let close = v1::CloseSession {
+        session: session.clone(),
+        attachment,
+        expiry_seconds: 60,
+        ..v1::CloseSession::default()
+    };
     let closed = running.exchange.call(request(Op::CloseSession(close)));
     let open = v1::OpenSession { session: session.clone(), expiry_seconds: 60, ..v1::OpenSession::default() };
     let opened = running.exchange.call(request(Op::OpenSession(open)));

@@ -147,6 +147,14 @@ impl SharedPublish {
         std::str::from_utf8(name).unwrap_or_default() // made from a &str
     }
 
+    /// Seconds that were left when it was encoded (§3.3.2.3.3).
+    pub fn message_expiry(&self) -> Option<u32> {
+        if !self.expires {
+            return None;
+        }
+        self.bytes[..self.rest_start as usize].last_chunk().map(|seconds| u32::from_be_bytes(*seconds))
+    }
+
     pub fn payload(&self) -> &[u8] {
         &self.bytes[(self.rest_start + self.properties_len) as usize..]
     }

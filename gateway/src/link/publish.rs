@@ -64,7 +64,8 @@ impl Link {
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(Duration::from_millis(500));
                 // It may have been accepted although we have not heard so; then it is published twice, with one id. That is
-                // what QoS 1 promises, and cheaper than a look-up for each message.
+                // what QoS 1 promises, and cheaper than a look-up for each message; of QoS 2 the owner takes it
+                // only once.
                 let (answered, answer) = oneshot::channel();
                 link.forward(message.clone(), idempotent, move |result| drop(answered.send(result)));
                 if let Ok(answer) = answer.await

@@ -1,32 +1,87 @@
-//! PUBACKs from devices, and the cursors that follow them to the saver.
+//! PUBACK, PUBREC and PUBCOMP from devices, and the cursors that follow them to the saver.
 
 use std::sync::Arc;
 
 use carillon_proto::{topic, v1};
 
 use super::Shard;
-use super::conn::{self, Flight};
+use super::conn;
+use super::inflight::{Flight, FlightState, Received};
+use crate::codec::{self, Ack, QoS, reason};
 
 impl Shard {
-    /// PUBACK from the device.
+    /// PUBACK from the device. Whatever its reason code, the message is done with.
     pub(super) fn acked(&mut self, index: u32, packet_id: u16) {
-        let conn = &mut self.conns[index as usize];
-        let Some(session) = &mut conn.session else { return };
-        let Some(inflight) = &mut session.inflight else { return };
-        // Devices ack in order, so it is the first; an unknown one is of a message sent on another connection.
-        let Some(flight) = inflight.flights.iter_mut().find(|flight| flight.packet_id == packet_id) else {
-            return;
-        };
-        flight.is_acked = true;
-        self.settle_front(index);
-        self.pump(index);
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        // An unknown one is of a message sent on another connection.
+        if session.inflight.as_mut().is_some_and(|inflight| inflight.acked(packet_id)) {
+            self.settle_front(index);
+            self.pump(index);
+        }
     }
 
-    /// Counts a message as acked that needs no PUBACK; the cursor still follows what was sent before it.
-    pub(super) fn settle(&mut self, index: u32, cursor: Option<(Arc<str>, u64)>) {
+    /// PUBREC from the device.
+    pub(super) fn pubrec(&mut self, index: u32, ack: &Ack<'_>) {
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        let refused = ack.reason_code >= 0x80;
+        let received = match &mut session.inflight {
+            Some(inflight) => inflight.received(ack.packet_id, refused),
+            None => Received::Unknown,
+        };
+        let answer = match received {
+            Received::Release => Some(reason::SUCCESS),
+            Received::Finished => None,
+            // Nothing is to follow an error (MQTT 5.0 §4.3.3).
+            Received::Unknown => (!refused).then_some(reason::PACKET_IDENTIFIER_NOT_FOUND),
+        };
+        if let Some(code) = answer {
+            self.scratch.clear();
+            codec::pubrel(&mut self.scratch, conn.version, ack.packet_id, code, None);
+            self.reply(index);
+        }
+        if received != Received::Unknown {
+            self.settle_front(index);
+            self.pump(index);
+        }
+    }
+
+    /// PUBCOMP from the device: also one that says that it did not know the identifier ends it.
+    pub(super) fn pubcomp(&mut self, index: u32, packet_id: u16) {
+        let Some(session) = &mut self.conns[index as usize].session else { return };
+        if session.inflight.as_mut().is_some_and(|inflight| inflight.completed(packet_id)) {
+            self.settle_front(index);
+            self.pump(index);
+        }
+    }
+
+    /// PUBREL from the device: its packet identifier is free again.
+    pub(super) fn pubrel(&mut self, index: u32, packet_id: u16) {
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        let now_ms = f64::from(self.now) * super::TICK.as_millis() as f64;
+        let is_known = session.publishing.as_mut().is_some_and(|publishing| publishing.released(packet_id));
+        if session.publishing.as_ref().is_some_and(|publishing| publishing.is_idle(now_ms)) {
+            session.publishing = None;
+        }
+        // MQTT 3.1.1 does not tell the two apart.
+        let code = if is_known { reason::SUCCESS } else { reason::PACKET_IDENTIFIER_NOT_FOUND };
+        self.scratch.clear();
+        codec::pubcomp(&mut self.scratch, conn.version, packet_id, code, None);
+        self.reply(index);
+    }
+
+    /// Counts a message as done that needs no PUBACK; the cursor still follows what was sent before it.
+    pub(super) fn settle(&mut self, index: u32, position: Option<(Arc<str>, u64)>) {
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let inflight = session.inflight.get_or_insert_default();
-        inflight.flights.push_back(Flight { packet_id: 0, is_acked: true, cursor });
+        inflight.flights.push_back(Flight {
+            packet_id: 0,
+            qos: QoS::AtMostOnce,
+            state: FlightState::Done,
+            is_retained: false,
+            position,
+        });
         self.settle_front(index);
     }
 
@@ -36,20 +91,17 @@ impl Shard {
         // Cursors are kept in the session's own app alone.
         let session_app = session.guests.is_some().then_some(&session.app);
         let Some(inflight) = &mut session.inflight else { return };
-        while inflight.flights.front().is_some_and(|flight| flight.is_acked) {
-            let Some(Flight { cursor: Some((topic, seq)), .. }) = inflight.flights.pop_front() else {
-                continue;
-            };
+        inflight.settle(|topic, seq| {
             let is_kept = is_kept && session_app.is_none_or(|app| topic::app_of(&topic) == &**app);
             if !is_kept && topic::inbox_user(&topic).is_none() {
-                continue;
+                return;
             }
             let positions = self.acks.entry(index).or_default();
             match positions.iter_mut().find(|(name, _)| *name == topic) {
                 Some((_, position)) => *position = (*position).max(seq),
                 None => positions.push((topic, seq)),
             }
-        }
+        });
         if inflight.flights.is_empty() {
             session.inflight = None;
         }

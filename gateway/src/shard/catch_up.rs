@@ -36,6 +36,9 @@ impl Shard {
 
     /// Sends what waits, as far as there is room, and asks for more of the logs.
     pub(super) fn pump(&mut self, index: u32) {
+        if !self.resend(index) {
+            return;
+        }
         loop {
             let Some(conn) = self.conns.get_mut(index as usize) else { return };
             let Some(session) = &mut conn.session else { return };
@@ -45,7 +48,7 @@ impl Shard {
             let Some(session) = &mut self.conns[index as usize].session else { return };
             match session.waiting.as_mut().and_then(|waiting| waiting.pop_front()) {
                 Some(Waiting { delivery, target, retain }) => {
-                    self.send_qos1(index, &target, &delivery, false, retain, None);
+                    self.send_waiting(index, &target, &delivery, retain);
                 }
                 None => {
                     session.waiting = None;
@@ -133,9 +136,12 @@ impl Shard {
         &mut self,
         id: ConnId,
         topic: &Arc<str>,
-        result: Result<v1::ReadReply, SaverFailure>,
+        mut result: Result<v1::ReadReply, SaverFailure>,
     ) {
         let Some(index) = self.find(id) else { return };
+        if self.have_read_again(index, topic, &mut result) {
+            return;
+        }
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let Some(behind) = session.behind_on(topic) else { return };
         behind.is_reading = false;
@@ -163,6 +169,7 @@ impl Shard {
     }
 
     pub(super) fn retry_behind(&mut self, index: u32) {
+        self.retry_resending(index);
         if let Some(session) = &mut self.conns[index as usize].session {
             for behind in session.behind.iter_mut().flat_map(|behind| behind.iter_mut()) {
                 behind.has_failed = false;

@@ -154,13 +154,14 @@ impl Shard {
         if conn.phase == Phase::Live && conn.version == Version::V5 {
             self.scratch.clear();
             if let Some(code) = why.code() {
-                let wants_text = conn.session.as_ref().is_some_and(|session| session.wants_problems);
-                codec::disconnect(
-                    &mut self.scratch,
-                    code,
-                    why.text().filter(|_| wants_text),
-                    why.server_reference(),
-                );
+                // It must not make the packet larger than the device takes (MQTT 5.0 §3.14.2.2.3).
+                let may_say = |text: &&str| {
+                    conn.session.as_ref().is_some_and(|session| {
+                        session.wants_problems && session.may_be_sent(text.len() + codec::REASON_BYTES)
+                    })
+                };
+                let text = why.text().filter(may_say);
+                codec::disconnect(&mut self.scratch, code, text, why.server_reference());
                 let _ = conn.send(&self.scratch, self.round, self.now);
             }
         }
@@ -247,22 +248,22 @@ impl Shard {
     /// Tells the saver where its session stands.
     pub(super) fn close_kept(&self, session: &mut super::conn::Session) {
         let Some(attachment) = session.attachment else { return };
-        let mut sent: Vec<v1::AckPosition> = Vec::new();
-        for flight in session.inflight.take().into_iter().flat_map(|inflight| inflight.flights) {
-            let Some((topic, seq)) = flight.cursor else { continue };
-            if !session.is_own(&topic) {
-                continue;
-            }
-            match sent.iter_mut().find(|position| *position.topic == *topic) {
-                Some(position) => position.seq = position.seq.max(seq),
-                None => sent.push(v1::AckPosition { topic: topic.to_string(), seq }),
-            }
+        let (mut sent, mut in_flight) =
+            session.inflight.take().map(|inflight| inflight.state()).unwrap_or_default();
+        // What went to a guest is not the session's to keep.
+        sent.retain(|position| session.is_own(&position.topic));
+        in_flight.retain(|flight| flight.topic.is_empty() || session.is_own(&flight.topic));
+        if let Some(opening) = session.opening.as_ref().filter(|opening| !opening.sent.is_empty()) {
+            // The CONNECT was not even answered: it stands where it stood.
+            sent.clone_from(&opening.sent);
         }
+        let received = session.publishing.take().map(|publishing| publishing.state()).unwrap_or_default();
         self.link.close_session(v1::CloseSession {
             session: Some(session.session_ref()),
             attachment,
             expiry_seconds: session.expiry_seconds,
-            sent,
+            sent: sent.clone(),
+            delivery: Some(v1::DeliveryState { in_flight, sent, received }),
         });
     }
 }

@@ -9,10 +9,12 @@ use carillon_proto::v1;
 use mio::net::TcpStream;
 use smallvec::SmallVec;
 
+use super::aliases::Aliases;
 use super::guests::Guest;
+use super::inflight::Inflight;
 use super::layers::{Layers, first_phase};
 use super::outbound::Outbound;
-use super::pace::Pace;
+use super::publishing::Publishing;
 use super::timers::Tick;
 use super::topics::{SubOptions, SubRef, TopicId};
 use crate::admission::SourceId;
@@ -104,6 +106,10 @@ pub struct Session {
     pub window: u16,
     /// Longest packet that the device takes, bytes.
     pub max_packet_bytes: u32,
+    /// Topic aliases that may be used towards the device.
+    pub alias_maximum: u16,
+    /// Topic aliases that the device may use: as its CONNACK said, whatever the configuration has become.
+    pub alias_offered: u16,
     /// MQTT 5 Request Problem Information: reason strings may be sent.
     pub wants_problems: bool,
     pub will: Option<Box<Will>>,
@@ -111,6 +117,7 @@ pub struct Session {
     pub opening: Option<Box<OpeningConnect>>,
     pub inflight: Option<Box<Inflight>>,
     pub publishing: Option<Box<Publishing>>,
+    pub aliases: Option<Box<Aliases>>,
     pub behind: Option<Box<Vec<Behind>>>,
     pub waiting: Option<Box<VecDeque<Waiting>>>,
     /// The SUBSCRIBE under way; nothing is read meanwhile, so there is at most one.
@@ -134,40 +141,8 @@ pub struct OpeningConnect {
     pub requested_keep_alive: u16,
     pub is_client_id_assigned: bool,
     pub session_present: bool,
-}
-
-/// Deliveries that wait for their PUBACK, in the order they were sent.
-#[derive(Default)]
-pub struct Inflight {
-    pub flights: VecDeque<Flight>,
-}
-
-pub struct Flight {
-    /// 0: nothing to wait for, only to keep the cursor behind what was sent before.
-    pub packet_id: u16,
-    pub is_acked: bool,
-    /// The position that the ack moves the cursor to: a stored message's topic and seq.
-    pub cursor: Option<(Arc<str>, u64)>,
-}
-
-/// The device's own publishes that are not answered yet, in their order.
-#[derive(Default)]
-pub struct Publishing {
-    /// Ticket of the first of the queue.
-    pub first_ticket: u64,
-    pub queue: VecDeque<PendingPublish>,
-    /// Bytes of the payloads under way.
-    pub bytes: usize,
-    pub pace: Pace,
-    /// Published above its rate: not to be read before this.
-    pub read_again: Tick,
-}
-
-pub struct PendingPublish {
-    /// 0: QoS 0, not to be answered.
-    pub packet_id: u16,
-    pub reason: Option<u8>,
-    pub bytes: u32,
+    /// By topic: up to here everything was sent on the session's last connection, and is finished or in flight.
+    pub sent: Vec<v1::AckPosition>,
 }
 
 /// A topic on which the device has messages due that are to be read from the log.
@@ -268,16 +243,22 @@ impl Session {
         self.inflight.as_ref().map_or(0, |inflight| inflight.flights.len())
     }
 
+    /// Does the device take a packet of so many bytes (MQTT 5 Maximum Packet Size)?
+    pub fn may_be_sent(&self, bytes: usize) -> bool {
+        bytes <= self.max_packet_bytes as usize
+    }
+
+    /// What an earlier connection left in flight is not sent again yet.
+    pub fn is_resending(&self) -> bool {
+        self.inflight.as_ref().is_some_and(|inflight| inflight.resending.is_some())
+    }
+
     /// The next packet identifier that is not in use.
     pub fn take_packet_id(&mut self) -> u16 {
         loop {
             self.next_packet_id = self.next_packet_id.checked_add(1).unwrap_or(1);
             let id = self.next_packet_id;
-            let used = self
-                .inflight
-                .as_ref()
-                .is_some_and(|inflight| inflight.flights.iter().any(|f| f.packet_id == id));
-            if !used {
+            if !self.inflight.as_ref().is_some_and(|inflight| inflight.uses(id)) {
                 return id;
             }
         }

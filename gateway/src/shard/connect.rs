@@ -7,9 +7,11 @@ use carillon_proto::v1;
 use super::Shard;
 use super::close::Reason;
 use super::conn::{OpeningConnect, Phase, Session, Will};
+use super::inflight::Inflight;
+use super::publishing::Publishing;
 use super::timers::{Entry, TICK, ticks};
 use crate::auth::{self, Admitted, Refusal};
-use crate::codec::{self, ConnAckProperties, Connect, DecodeError, QoS, Version, reason};
+use crate::codec::{self, ConnAckProperties, Connect, DecodeError, Version, reason};
 use crate::delivery::session_key;
 use crate::event::ConnId;
 use crate::link::SaverFailure;
@@ -36,11 +38,14 @@ impl Shard {
             .and_then(|(admitted, will)| self.enter_app(&admitted).map(|()| (admitted, will)));
         let (admitted, will) = match admitted {
             Ok(admitted) => admitted,
-            Err(refusal) => {
-                if let Some(failure) = refusal.failure {
+            Err(Refusal { reason, text, failure }) => {
+                if let Some(failure) = failure {
                     self.note_failure(index, failure);
                 }
-                return self.refuse(index, refusal.reason, &refusal.text);
+                // It must not make the packet larger than the device takes (MQTT 5.0 §3.2.2.3.9).
+                let max = connect.maximum_packet_size.unwrap_or(u32::MAX) as usize;
+                let is_short = text.len() + codec::REASON_BYTES <= max;
+                return self.refuse(index, reason, if is_short { &text } else { "" });
             }
         };
         self.not_pending();
@@ -98,6 +103,11 @@ impl Shard {
             is_online: false,
             window: connect.receive_maximum.min(self.config.max_inflight),
             max_packet_bytes: connect.maximum_packet_size.unwrap_or(u32::MAX),
+            alias_maximum: connect.topic_alias_maximum.min(self.config.topic_alias_maximum),
+            alias_offered: match connect.version {
+                Version::V5 => self.config.topic_alias_maximum,
+                Version::V4 => 0,
+            },
             wants_problems: connect.request_problem_information,
             will: will.map(Box::new),
             opening: Some(Box::new(OpeningConnect {
@@ -106,9 +116,11 @@ impl Shard {
                 requested_keep_alive: connect.keep_alive,
                 is_client_id_assigned: admitted.is_client_id_assigned,
                 session_present: false,
+                sent: Vec::new(),
             })),
             inflight: None,
             publishing: None,
+            aliases: None,
             behind: None,
             waiting: None,
             pending: None,
@@ -126,12 +138,6 @@ impl Shard {
     ) -> Result<Option<Will>, Refusal> {
         let Some(will) = &connect.will else { return Ok(None) };
         let refuse = |reason, text: String| Err(Refusal { reason, text, failure: None });
-        if will.qos == QoS::ExactlyOnce {
-            return refuse(
-                reason::QOS_NOT_SUPPORTED,
-                "the will has QoS 2, which is not supported".to_owned(),
-            );
-        }
         if !will.payload_is_as_declared() {
             return refuse(
                 reason::PAYLOAD_FORMAT_INVALID,
@@ -229,6 +235,7 @@ impl Shard {
                     attachment: opened.attachment,
                     expiry_seconds: self.config.default_session_expiry_seconds,
                     sent: Vec::new(),
+                    delivery: opened.delivery,
                 });
             }
             return;
@@ -247,8 +254,12 @@ impl Shard {
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         session.attachment = opened.kept.then_some(opened.attachment);
+        let delivery = opened.delivery.unwrap_or_default();
+        session.inflight = Inflight::restored(delivery.in_flight).map(Box::new);
+        session.publishing = Publishing::restored(delivery.received).map(Box::new);
         if let Some(opening) = &mut session.opening {
             opening.session_present = opened.present;
+            opening.sent = delivery.sent;
         }
         if opened.subscriptions.is_empty() {
             self.accept_connect(index);
@@ -274,8 +285,8 @@ impl Shard {
             session_expiry: (session.expiry_seconds != opening.requested_expiry)
                 .then_some(session.expiry_seconds),
             receive_maximum: Some(config.receive_maximum),
-            maximum_qos: QoS::AtLeastOnce,
             maximum_packet_size: Some(config.max_packet_bytes),
+            topic_alias_maximum: session.alias_offered,
             assigned_client_id: opening.is_client_id_assigned.then_some(&*session.client_id),
             server_keep_alive: overruled.then_some(max),
             shared_available: false,
@@ -301,6 +312,7 @@ impl Shard {
             self.timers.add(self.now + first, Entry { index, generation, once: false });
         }
         self.reply(index);
+        self.begin_resending(index);
         let conn = &mut self.conns[index as usize];
         if conn.is_paused {
             self.resume(index);
@@ -313,7 +325,10 @@ impl Shard {
         tracing::debug!(peer = %conn.peer(), reason, text, "connect refused");
         self.link.metrics().connects.with_label_values(&[&format!("{reason:#04x}")]).inc();
         self.scratch.clear();
-        let properties = ConnAckProperties { reason_string: Some(text), ..ConnAckProperties::default() };
+        let properties = ConnAckProperties {
+            reason_string: Some(text).filter(|text| !text.is_empty()),
+            ..ConnAckProperties::default()
+        };
         codec::connack(&mut self.scratch, conn.version, false, reason, &properties);
         self.reply(index);
         self.close(index, Reason::Refused);

@@ -45,6 +45,12 @@ impl Shard {
             }
             soonest(deadline, true);
         }
+        if let Some(session) = &mut conn.session {
+            let now_ms = f64::from(now) * super::TICK.as_millis() as f64;
+            if session.publishing.as_ref().is_some_and(|publishing| publishing.is_idle(now_ms)) {
+                session.publishing = None;
+            }
+        }
         if let Some(session) = &conn.session
             && session.expires != 0
         {

@@ -10,15 +10,28 @@ use carillon_proto::topic;
 use smallvec::SmallVec;
 
 use super::Shard;
-use super::conn::{Flight, Target, Waiting};
+use super::conn::{Session, Target, Waiting};
+use super::inflight::{Flight, FlightState};
 use super::topics::{SubOptions, SubRef, TopicId};
-use crate::codec::{QoS, Variation, Version};
+use crate::codec::{QoS, SharedPublish, Variation, Version};
 use crate::delivery::Delivery;
 
 /// Messages that are in no log and are held for one device while it catches up or its window is full.
 pub(super) const HELD_MAX: usize = 1000;
 /// Topics on which one device's wildcard subscriptions remember where they are; beyond it one of them begins anew.
 const WILD_CURSORS_MAX: usize = 10_000;
+
+/// Shorter topic names cost no more than their alias.
+const ALIASED_BYTES: usize = 4;
+
+/// How one message goes to one device that has to answer for it.
+pub(super) struct Acked {
+    /// 1 or 2.
+    pub qos: QoS,
+    pub packet_id: u16,
+    pub dup: bool,
+    pub is_retained: bool,
+}
 
 impl Shard {
     /// Sends a message to all of this shard's subscribers.
@@ -171,40 +184,63 @@ impl Shard {
         let conn = &self.conns[index as usize];
         let Some(session) = &conn.session else { return false };
         session.in_flight() < session.window.into()
+            && !session.is_resending()
             && conn.outbound_bytes() < self.config.max_outbound_bytes as usize
             && !conn.is_doomed
     }
 
-    /// Sends the next stored message of a topic; the cursor follows when it is acked.
+    /// Sends the next stored message of a topic; the cursor follows when the device is done with it.
     pub(super) fn send_stored(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, dup: bool) {
         let message = &delivery.message;
         self.set_last(index, target, &delivery.topic, message.seq);
-        let cursor = Some((delivery.topic.clone(), message.seq));
-        if message.qos.min(target.options.qos.into()) == 0 {
-            self.send_qos0(index, target, delivery, false);
-            self.settle(index, cursor);
-        } else if !self.send_qos1(index, target, delivery, dup, false, cursor.clone()) {
-            // Larger than the device takes: as if it had been acked (MQTT 5.0 §3.1.2.11.4).
-            self.settle(index, cursor);
+        let position = Some((delivery.topic.clone(), message.seq));
+        match granted(delivery, target) {
+            QoS::AtMostOnce => {
+                self.send_qos0(index, target, delivery, false);
+                self.settle(index, position);
+            }
+            qos => {
+                if !self.send_acked(index, target, delivery, qos, dup, false, position.clone()) {
+                    // Larger than the device takes: as if it had been acked (MQTT 5.0 §3.1.2.11.4).
+                    self.settle(index, position);
+                }
+            }
         }
     }
 
-    /// A message with QoS 1 that is in no log, or a retained one.
+    /// A message that is in no log, or a retained one.
     fn send_unstored(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, retain: bool) {
-        if delivery.message.qos.min(target.options.qos.into()) == 0 {
+        if granted(delivery, target) == QoS::AtMostOnce {
             return self.send_qos0(index, target, delivery, retain);
         }
         let has_room = self.has_room(index);
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let waiting = session.waiting.as_ref().map_or(0, |waiting| waiting.len());
         if has_room && waiting == 0 {
-            self.send_qos1(index, target, delivery, false, retain, None);
+            self.send_waiting(index, target, delivery, retain);
         } else if waiting < HELD_MAX {
             let waiting = session.waiting.get_or_insert_default();
             waiting.push_back(Waiting { delivery: delivery.clone(), target: target.clone(), retain });
         } else {
             self.counts.dropped_inflight += 1;
         }
+    }
+
+    /// There is room for it now. A retained message may be in the log: there it is found when it has to be sent again.
+    pub(super) fn send_waiting(
+        &mut self,
+        index: u32,
+        target: &Target,
+        delivery: &Arc<Delivery>,
+        retain: bool,
+    ) {
+        if delivery.is_expired(self.now_ms) {
+            self.counts.dropped_expired += 1;
+            return;
+        }
+        let message = &delivery.message;
+        let position = (retain && message.stored).then(|| (delivery.topic.clone(), message.seq));
+        self.send_acked(index, target, delivery, granted(delivery, target), false, retain, position);
     }
 
     pub(super) fn send_retained(
@@ -227,7 +263,7 @@ impl Shard {
     fn send_qos0(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, retained: bool) {
         let (round, now) = (self.round, self.now);
         let conn = &mut self.conns[index as usize];
-        let Some(session) = &conn.session else { return };
+        let Some(session) = &mut conn.session else { return };
         let Some(frame) = delivery.frame(conn.version, target.options.relative) else { return };
         let retain = retained || (target.options.retain_as_published && delivery.message.retain);
         if conn.out.as_ref().is_some_and(|out| out.bytes() >= self.config.max_outbound_bytes as usize) {
@@ -235,7 +271,11 @@ impl Shard {
             self.apps[session.app_index_of(&delivery.topic) as usize].1.dropped += 1;
             return;
         }
-        let is_plain = !retain && (target.identifiers.is_empty() || conn.version == Version::V4);
+        let left = delivery.expiry_left(frame, self.now_ms);
+        let is_plain = !retain
+            && (target.identifiers.is_empty() || conn.version == Version::V4)
+            && session.alias_maximum == 0
+            && left.is_none();
         let app = session.app_index_of(&delivery.topic) as usize;
         let max_packet = session.max_packet_bytes as usize;
         let (length, sent) = if is_plain {
@@ -246,12 +286,18 @@ impl Shard {
             }
             (plain.len(), conn.send_shared(plain, round, now))
         } else {
-            let variation =
-                Variation { retain, subscription_ids: &target.identifiers, ..Variation::default() };
+            let variation = Variation {
+                retain,
+                subscription_ids: &target.identifiers,
+                topic_alias: alias(session, target, delivery, frame),
+                message_expiry: left,
+                ..Variation::default()
+            };
             if frame.len_with(&variation) > max_packet {
                 self.counts.dropped_large += 1;
                 return;
             }
+            tell_alias(session, target, delivery, &variation);
             self.scratch.clear();
             frame.write(&mut self.scratch, &variation);
             (self.scratch.len(), conn.send(&self.scratch, round, now))
@@ -262,44 +308,99 @@ impl Shard {
         self.after_send(index, sent);
     }
 
-    /// False: larger than the device takes, and not sent.
-    pub(super) fn send_qos1(
+    /// Sends a message with QoS 1 or 2. False: larger than the device takes, and not sent.
+    #[allow(clippy::too_many_arguments)] // each is a fact of its own
+    fn send_acked(
         &mut self,
         index: u32,
         target: &Target,
         delivery: &Arc<Delivery>,
+        qos: QoS,
         dup: bool,
-        retained: bool,
-        cursor: Option<(Arc<str>, u64)>,
+        is_retained: bool,
+        position: Option<(Arc<str>, u64)>,
+    ) -> bool {
+        let Some(session) = &mut self.conns[index as usize].session else { return false };
+        let packet_id = session.take_packet_id();
+        if !self.write_acked(index, target, delivery, &Acked { qos, packet_id, dup, is_retained }) {
+            return false;
+        }
+        let Some(session) = &mut self.conns[index as usize].session else { return false };
+        let inflight = session.inflight.get_or_insert_default();
+        inflight.flights.push_back(Flight {
+            packet_id,
+            qos,
+            state: FlightState::Sent,
+            is_retained,
+            position,
+        });
+        true
+    }
+
+    /// Writes the PUBLISH of a message that the device has to answer. False: larger than the device takes, and not sent.
+    pub(super) fn write_acked(
+        &mut self,
+        index: u32,
+        target: &Target,
+        delivery: &Arc<Delivery>,
+        &Acked { qos, packet_id, dup, is_retained }: &Acked,
     ) -> bool {
         let (round, now) = (self.round, self.now);
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return false };
         let Some(frame) = delivery.frame(conn.version, target.options.relative) else { return false };
-        let retain = retained || (target.options.retain_as_published && delivery.message.retain);
+        let retain = is_retained || (target.options.retain_as_published && delivery.message.retain);
         let identifiers = if conn.version == Version::V5 { target.identifiers.as_slice() } else { &[] };
-        let packet_id = session.take_packet_id();
         let variation = Variation {
-            qos: QoS::AtLeastOnce,
+            qos,
             dup,
             retain,
             packet_id,
             subscription_ids: identifiers,
-            ..Variation::default()
+            topic_alias: alias(session, target, delivery, frame),
+            message_expiry: delivery.expiry_left(frame, self.now_ms),
         };
         if frame.len_with(&variation) > session.max_packet_bytes as usize {
             self.counts.dropped_large += 1;
             return false;
         }
-        let inflight = session.inflight.get_or_insert_default();
-        inflight.flights.push_back(Flight { packet_id, is_acked: false, cursor });
+        tell_alias(session, target, delivery, &variation);
         self.scratch.clear();
         frame.write(&mut self.scratch, &variation);
-        self.counts.delivered[1] += 1;
+        self.counts.delivered[usize::from(qos.level())] += 1;
         self.counts.bytes_out += self.scratch.len() as u64;
         self.apps[session.app_index_of(&delivery.topic) as usize].1.delivered += 1;
         let sent = conn.send(&self.scratch, round, now);
         self.after_send(index, sent);
         true
+    }
+}
+
+/// The QoS that a message is delivered with (MQTT 5.0 §3.8.4).
+fn granted(delivery: &Delivery, target: &Target) -> QoS {
+    let level = delivery.message.qos.min(target.options.qos.into());
+    QoS::from_level(level as u8).unwrap_or(QoS::ExactlyOnce)
+}
+
+/// The topic alias to send a message with, and whether the device has yet to be told what it stands for.
+fn alias(
+    session: &Session,
+    target: &Target,
+    delivery: &Delivery,
+    frame: &SharedPublish,
+) -> Option<(u16, bool)> {
+    if session.alias_maximum == 0 || frame.topic().len() < ALIASED_BYTES {
+        return None;
+    }
+    match &session.aliases {
+        Some(aliases) => aliases.alias(&delivery.topic, target.options.relative, session.alias_maximum),
+        None => Some((1, true)),
+    }
+}
+
+/// What is about to be sent tells the device of a new alias.
+fn tell_alias(session: &mut Session, target: &Target, delivery: &Delivery, variation: &Variation<'_>) {
+    if let Some((_, true)) = variation.topic_alias {
+        session.aliases.get_or_insert_default().told(&delivery.topic, target.options.relative);
     }
 }

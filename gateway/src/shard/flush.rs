@@ -30,7 +30,10 @@ impl Shard {
                 }
                 self.flush(index);
                 let conn = &self.conns[index as usize];
-                let waits = conn.session.as_ref().is_some_and(|s| s.behind.is_some() || s.waiting.is_some());
+                let waits = conn
+                    .session
+                    .as_ref()
+                    .is_some_and(|s| s.behind.is_some() || s.waiting.is_some() || s.is_resending());
                 if waits && conn.out.is_none() && !conn.is_doomed {
                     self.pump(index);
                 }

@@ -38,6 +38,11 @@ impl Rates {
 }
 
 impl Pace {
+    /// It is as if nothing had ever been counted.
+    pub fn is_over(&self, now_ms: f64) -> bool {
+        self.messages_due_ms.max(self.bytes_due_ms) <= now_ms - AHEAD_MS
+    }
+
     /// Counts a publish; gives how long nothing is to be read after it, if at all.
     pub fn count(&mut self, bytes: usize, rates: Rates, now_ms: f64) -> Option<Duration> {
         let count = |due_ms: &mut f64, amount: f64, rate: u32| {

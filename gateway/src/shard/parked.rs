@@ -5,7 +5,7 @@
 //! their routes stay. What is stored meanwhile is read from the log when the device is back, as by any subscription that
 //! is behind; what is not is held up to a bound, and QoS 0 is dropped. Nothing of this costs a connected device anything.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use super::close::Reason;
 use super::conn::{Conn, Phase, Session, Waiting};
 use super::connect::online;
 use super::deliver::HELD_MAX;
+use super::publishing::Publishing;
 use super::timers::{Tick, ticks};
 use super::topics::{PASSED_MAX, Sub, TopicId};
 use crate::delivery::Delivery;
@@ -64,29 +65,8 @@ impl Left {
         self.due.entry(topic.clone()).or_default()
     }
 
-    /// Takes stock of what was under way: it begins again after what the device has acked.
+    /// Takes stock of what was under way. What is in flight stays so, and is sent again with its packet identifiers.
     fn take_stock(&mut self) {
-        let mut seen: HashSet<Arc<str>> = HashSet::new();
-        let flights: Vec<_> = self.session.inflight.iter().flat_map(|inflight| &inflight.flights).collect();
-        let flights: Vec<_> =
-            flights.iter().filter_map(|flight| Some((flight.is_acked, flight.cursor.clone()?))).collect();
-        for (is_acked, (topic, seq)) in flights {
-            if !is_acked && seen.insert(topic.clone()) {
-                let exact = self.subs.iter_mut().find(|(name, _)| *name == topic);
-                if let Some((_, sub)) = exact {
-                    sub.last = sub.last.min(seq - 1);
-                } else if let Some(last) =
-                    self.session.wild_last.as_mut().and_then(|cursors| cursors.get_mut(&topic))
-                {
-                    *last = (*last).min(seq - 1);
-                }
-            }
-            if seen.contains(&topic) {
-                let due = self.due(&topic);
-                due.target = due.target.max(seq);
-                due.sent = due.sent.max(seq);
-            }
-        }
         for behind in self.session.behind.take().into_iter().flat_map(|behind| *behind) {
             let due = self.due(&behind.topic);
             due.target = due.target.max(behind.target);
@@ -196,7 +176,7 @@ impl Shard {
         }
         if let Some(mut inflight) = left.session.inflight.take() {
             let is_own = |topic: &str| left.session.is_own(topic);
-            inflight.flights.retain(|flight| flight.cursor.as_ref().is_none_or(|(topic, _)| is_own(topic)));
+            inflight.flights.retain(|flight| flight.position.as_ref().is_none_or(|(topic, _)| is_own(topic)));
             left.session.inflight = Some(inflight);
         }
         left.session.guests = None;
@@ -237,11 +217,11 @@ impl Shard {
         }
         let why = why.unwrap_or(parked.why);
         self.link.sessions().release(parked.left.session.key, id);
-        self.give_up(parked.left.session, &why);
+        self.give_up_parked(parked.left.session, &why);
         true
     }
 
-    fn give_up(&self, mut session: Box<Session>, why: &Reason) {
+    fn give_up_parked(&self, mut session: Box<Session>, why: &Reason) {
         self.close_kept(&mut session);
         self.link.session_changed(carillon_proto::v1::SessionChange {
             online: false,
@@ -301,7 +281,7 @@ impl Shard {
             (None, Some(left)) => {
                 // The device went again before it was answered.
                 self.leave_joined(&left);
-                self.give_up(left.session, &Reason::Network);
+                self.give_up_parked(left.session, &Reason::Network);
             }
             (None, None) => {}
         }
@@ -349,6 +329,12 @@ impl Shard {
         session.wild_last = before.wild_last.take();
         session.waiting = before.waiting.take();
         session.next_packet_id = before.next_packet_id;
+        session.inflight = before.inflight.take().and_then(|inflight| inflight.resumed()).map(Box::new);
+        session.publishing = before
+            .publishing
+            .take()
+            .and_then(|publishing| Publishing::restored(publishing.state()))
+            .map(Box::new);
         if let Some(opening) = &mut session.opening {
             opening.session_present = true;
         }

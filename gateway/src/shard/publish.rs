@@ -5,8 +5,8 @@ use carillon_proto::{topic, v1};
 
 use super::Shard;
 use super::close::Reason;
-use super::conn::PendingPublish;
 use super::pace::Rates;
+use super::publishing::PendingPublish;
 use crate::auth;
 use crate::codec::{self, Publish, PublishProperties, QoS, Version, reason};
 use crate::event::{ConnId, Event, PublishOutcome};
@@ -20,35 +20,46 @@ impl Shard {
     pub(super) fn publish(&mut self, index: u32, publish: &Publish<'_>) {
         let protocol_error = |reason: u8, text: &str| Reason::ProtocolError { reason, text: text.to_owned() };
         self.counts.published[usize::from(publish.qos.level())] += 1;
-        if publish.qos == QoS::ExactlyOnce {
-            let why = protocol_error(reason::QOS_NOT_SUPPORTED, "QoS 2 is not supported (Maximum QoS is 1)");
-            return self.close(index, why);
-        }
-        if publish.props.topic_alias.is_some() {
-            let why = protocol_error(
-                reason::TOPIC_ALIAS_INVALID,
-                "no topic alias was offered (Topic Alias Maximum is 0)",
-            );
-            return self.close(index, why);
-        }
+        let topic = match self.unaliased(index, publish) {
+            Ok(topic) => topic,
+            Err((code, text)) => return self.close(index, protocol_error(code, &text)),
+        };
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         self.apps[session.app_index as usize].1.published += 1;
+        let packet_id = publish.packet_id.unwrap_or(0);
+        let mut message_id = None;
+        if let Some(publishing) = &mut session.publishing
+            && publish.qos == QoS::ExactlyOnce
+        {
+            // A message has been taken over with this identifier: it is said again, and that is all [MQTT-4.3.3-10].
+            if publishing.is_forwarding(packet_id) {
+                return; // the answer to the first one is on its way
+            }
+            if publishing.has_received(packet_id) {
+                let reason = Some(reason::SUCCESS);
+                let again =
+                    PendingPublish { packet_id, qos: publish.qos, reason, bytes: 0, message_id: None };
+                publishing.queue.push_back(again);
+                return self.answer_publishes(index);
+            }
+            message_id = publishing.earlier_id(packet_id, publish.dup);
+        }
         let unanswered = session.publishing.as_ref().map_or(0, |publishing| publishing.queue.len());
-        if publish.qos == QoS::AtLeastOnce && conn.version == Version::V5 {
-            let waiting =
-                session.publishing.iter().flat_map(|p| &p.queue).filter(|p| p.packet_id != 0).count();
-            if waiting >= self.config.receive_maximum.into() {
-                let text =
-                    format!("more than {} QoS 1 publishes without an answer", self.config.receive_maximum);
+        if publish.qos != QoS::AtMostOnce && conn.version == Version::V5 {
+            let unfinished = session.publishing.as_ref().map_or(0, |publishing| publishing.unfinished());
+            if unfinished >= self.config.receive_maximum.into() {
+                let maximum = self.config.receive_maximum;
+                let text = format!("more than {maximum} publishes of QoS 1 and 2 without an answer");
                 return self.close(index, protocol_error(reason::RECEIVE_MAXIMUM_EXCEEDED, &text));
             }
         }
         let apps = self.shared.apps.load();
+        let topic = topic.as_deref().unwrap_or(publish.topic);
         let rates = apps.get(&*session.app).map(|app| Rates::of(&self.config, &app.limits));
-        let is_too_long = publish.topic.len() > self.config.max_topic_bytes.into();
+        let is_too_long = topic.len() > self.config.max_topic_bytes.into();
         let allowed = session
-            .resolve(publish.topic)
+            .resolve(topic)
             .filter(|(full, _, who)| {
                 apps.get(&**who.app)
                     .is_some_and(|app| auth::may_publish(app, who.rights, who.user, auth::below(full)))
@@ -64,28 +75,39 @@ impl Shard {
             Some(_) if !publish.payload_is_as_declared() => Some(reason::PAYLOAD_FORMAT_INVALID),
             Some(_) => None,
         };
+        let forwarded = match (allowed, refused) {
+            (Some((full, app, is_root, publisher)), None) => {
+                let mut message = message(
+                    full,
+                    publish.payload,
+                    publish.qos,
+                    publish.retain,
+                    &publish.props,
+                    &app,
+                    is_root,
+                    publisher,
+                    self.now_ms,
+                );
+                if let Some(earlier) = message_id {
+                    message.id = earlier.into();
+                }
+                Some(message)
+            }
+            _ => None,
+        };
         let publishing = session.publishing.get_or_insert_default();
         let ticket = publishing.first_ticket + publishing.queue.len() as u64;
-        let payload_bytes = publish.payload.len() as u32;
         publishing.bytes += publish.payload.len();
         let bytes = publishing.bytes;
+        let is_once = publish.qos == QoS::ExactlyOnce;
         publishing.queue.push_back(PendingPublish {
-            packet_id: publish.packet_id.unwrap_or(0),
+            packet_id,
+            qos: publish.qos,
             reason: refused,
-            bytes: payload_bytes,
+            bytes: publish.payload.len() as u32,
+            message_id: forwarded.as_ref().filter(|_| is_once).map(|message| message.id.as_str().into()),
         });
-        if let (Some((full, app, is_root, publisher)), None) = (allowed, refused) {
-            let message = message(
-                full,
-                publish.payload,
-                publish.qos,
-                publish.retain,
-                &publish.props,
-                &app,
-                is_root,
-                publisher,
-                self.now_ms,
-            );
+        if let Some(message) = forwarded {
             // Backpressure: the device is read again when the owners have caught up with it.
             if unanswered >= PUBLISHING_MAX || bytes >= PUBLISHING_BYTES {
                 conn.is_paused = true;
@@ -98,8 +120,31 @@ impl Shard {
             self.answer_publishes(index);
         }
         if let Some(rates) = rates {
-            self.pace(index, payload_bytes as usize, rates);
+            self.pace(index, publish.payload.len(), rates);
         }
+    }
+
+    /// The topic that the PUBLISH's alias stands for, if it leaves it out (MQTT 5.0 §3.3.2.3.4).
+    fn unaliased(&mut self, index: u32, publish: &Publish<'_>) -> Result<Option<String>, (u8, String)> {
+        let Some(alias) = publish.props.topic_alias else { return Ok(None) };
+        let Some(session) = &mut self.conns[index as usize].session else { return Ok(None) };
+        if alias > session.alias_offered {
+            let text =
+                format!("topic alias {alias} is above the Topic Alias Maximum, {}", session.alias_offered);
+            return Err((reason::TOPIC_ALIAS_INVALID, text));
+        }
+        if publish.topic.is_empty() {
+            let known = session.aliases.as_ref().and_then(|aliases| aliases.get(alias));
+            return match known {
+                Some(topic) => Ok(Some(topic.to_owned())),
+                None => Err((reason::PROTOCOL_ERROR, format!("topic alias {alias} has not been set"))),
+            };
+        }
+        // Of a topic that is too long as much is kept as shows that.
+        let longest = usize::from(self.config.max_topic_bytes) + 1;
+        let kept = &publish.topic[..publish.topic.ceil_char_boundary(longest)];
+        session.aliases.get_or_insert_default().set(alias, kept);
+        Ok(None)
     }
 
     pub(super) fn published(&mut self, id: ConnId, ticket: u64, outcome: PublishOutcome) {
@@ -120,23 +165,36 @@ impl Shard {
         let Some(session) = &mut conn.session else { return };
         let Some(publishing) = &mut session.publishing else { return };
         self.scratch.clear();
-        while let Some(&PendingPublish { packet_id, reason: Some(code), bytes }) = publishing.queue.front() {
-            publishing.queue.pop_front();
-            publishing.bytes -= bytes as usize;
-            publishing.first_ticket += 1;
-            if packet_id == 0 {
-                continue;
-            }
-            if version == Version::V4 && code >= 0x80 && code != reason::NOT_AUTHORIZED {
+        while let Some(&PendingPublish { packet_id, qos, reason: Some(code), bytes, .. }) =
+            publishing.queue.front()
+        {
+            if packet_id != 0 && version == Version::V4 && code >= 0x80 && code != reason::NOT_AUTHORIZED {
                 // 3.1.1 has no way to say no. What may work later is tried again by the device when it is back; what
                 // it is not allowed to is acked, and dropped (3.1.1 §3.3.5).
                 return self.close(index, Reason::PublishFailed);
             }
-            codec::puback(&mut self.scratch, version, packet_id, code, None);
+            publishing.queue.pop_front();
+            publishing.bytes -= bytes as usize;
+            publishing.first_ticket += 1;
+            match qos {
+                QoS::AtMostOnce => {}
+                QoS::AtLeastOnce => {
+                    codec::puback(&mut self.scratch, version, packet_id, code, None);
+                }
+                QoS::ExactlyOnce => {
+                    // With an error the identifier is free at once (MQTT 5.0 §4.3.3).
+                    if code < 0x80 || version == Version::V4 {
+                        publishing.accepted(packet_id);
+                    }
+                    codec::pubrec(&mut self.scratch, version, packet_id, code, None);
+                }
+            }
         }
-        let left = publishing.queue.len();
-        if left == 0 && publishing.queue.capacity() > 64 {
+        if publishing.queue.is_empty() && publishing.queue.capacity() > 64 {
             publishing.queue.shrink_to_fit();
+        }
+        if publishing.is_idle(f64::from(self.now) * super::TICK.as_millis() as f64) {
+            session.publishing = None;
         }
         if !self.scratch.is_empty() {
             self.reply(index);
@@ -148,11 +206,14 @@ impl Shard {
     pub(super) fn read_on_if_due(&mut self, index: u32) {
         let conn = &self.conns[index as usize];
         let Some(session) = &conn.session else { return };
-        let Some(publishing) = &session.publishing else { return };
-        let has_room = publishing.queue.len() < PUBLISHING_MAX / 2 && publishing.bytes < PUBLISHING_BYTES / 2;
+        let is_due = session.publishing.as_ref().is_none_or(|publishing| {
+            publishing.queue.len() < PUBLISHING_MAX / 2
+                && publishing.bytes < PUBLISHING_BYTES / 2
+                && publishing.read_again <= self.now
+        });
         let is_waiting =
             session.pending.is_some() || session.unsubscribing.is_some() || session.opening.is_some();
-        if conn.is_paused && !is_waiting && has_room && publishing.read_again <= self.now {
+        if conn.is_paused && !is_waiting && is_due {
             self.resume(index);
         }
     }

@@ -218,6 +218,9 @@ impl Shard {
             Packet::Connect(connect) => self.connect(index, &connect),
             Packet::Publish(publish) => self.publish(index, &publish),
             Packet::PubAck(ack) => self.acked(index, ack.packet_id),
+            Packet::PubRec(ack) => self.pubrec(index, &ack),
+            Packet::PubRel(ack) => self.pubrel(index, ack.packet_id),
+            Packet::PubComp(ack) => self.pubcomp(index, ack.packet_id),
             Packet::Subscribe(subscribe) => self.subscribe(index, &subscribe),
             Packet::Unsubscribe(unsubscribe) => self.unsubscribe(index, &unsubscribe),
             Packet::PingReq => {
@@ -226,13 +229,6 @@ impl Shard {
                 self.reply(index);
             }
             Packet::Disconnect(disconnect) => self.disconnect(index, &disconnect),
-            Packet::PubRec(_) | Packet::PubRel(_) | Packet::PubComp(_) => self.close(
-                index,
-                Reason::ProtocolError {
-                    reason: codec::reason::PROTOCOL_ERROR,
-                    text: "QoS 2 is not supported (Maximum QoS is 1)".to_owned(),
-                },
-            ),
             Packet::Auth(_) => self.close(
                 index,
                 Reason::ProtocolError {

@@ -31,7 +31,7 @@ impl Shard {
             match allowed {
                 Ok((full, relative)) => {
                     let options_kept = SubOptions {
-                        qos: options.qos.level().min(1),
+                        qos: options.qos.level(),
                         no_local: options.no_local,
                         retain_as_published: options.retain_as_published,
                         relative,
@@ -51,7 +51,7 @@ impl Shard {
         let mut wanted = Vec::new();
         for subscription in subscriptions {
             let options = SubOptions {
-                qos: subscription.qos.min(1) as u8,
+                qos: subscription.qos.min(2) as u8,
                 no_local: subscription.no_local,
                 retain_as_published: subscription.retain_as_published,
                 relative: subscription.relative,
@@ -195,6 +195,10 @@ impl Shard {
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let is_attached = session.attachment.is_some();
         let Some(pending) = session.pending.take() else { return };
+        let sent = match &session.opening {
+            Some(opening) if packet_id == 0 => opening.sent.clone(),
+            _ => Vec::new(),
+        };
         let mut outcomes = outcomes.into_iter();
         let mut codes = Vec::with_capacity(pending.entries.len());
         let mut installed = Vec::new();
@@ -210,7 +214,8 @@ impl Shard {
                     // A further app's token may have ended meanwhile.
                     let may = is_own || session.is_some_and(|session| session.guest_ref(&name).is_some());
                     match if may { outcome } else { Err(reason::NOT_AUTHORIZED) } {
-                        Ok(granted) => {
+                        Ok(mut granted) => {
+                            self.go_on_after(index, topic, &sent, &mut granted);
                             self.install(index, topic, options, identifier, &granted);
                             codes.push(options.qos);
                             // What came by on a filter's topics meanwhile is due to a kept session.
@@ -247,6 +252,26 @@ impl Shard {
         self.pump(index);
         if was_paused && self.conns.get(index as usize).is_some_and(|conn| conn.generation == id.generation) {
             self.resume(index);
+        }
+    }
+
+    /// What was sent on the session's last connection is not read from the logs again: it is finished, or in flight.
+    fn go_on_after(&mut self, index: u32, topic: TopicId, sent: &[v1::AckPosition], granted: &mut Granted) {
+        if sent.is_empty() {
+            return;
+        }
+        let name = self.topics.get(topic).name.clone();
+        let own = std::iter::once((&*name, &mut granted.position));
+        let backlog = granted.backlog.iter_mut().map(|backlog| (&*backlog.topic, &mut backlog.after));
+        let mut reached = Vec::new();
+        for (name, after) in own.chain(backlog) {
+            if let Some(sent) = sent.iter().find(|sent| *sent.topic == *name && sent.seq > *after) {
+                *after = sent.seq;
+                reached.push((name.into(), sent.seq));
+            }
+        }
+        for position in reached {
+            self.settle(index, Some(position));
         }
     }
 

@@ -158,7 +158,7 @@ impl AppTask {
                 session: Some(self.session()),
                 attachment: self.attachment,
                 expiry_seconds: if forget.is_cancelled() { 0 } else { NEVER },
-                sent: Vec::new(),
+                ..v1::CloseSession::default()
             };
             if let Err(error) = self.shared.directory.ask_saver(saver_request::Op::CloseSession(close)).await
             {

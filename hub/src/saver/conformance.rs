@@ -62,7 +62,7 @@ macro_rules! saver_conformance {
             a_subscription_begins_at_the_head, an_inbox_begins_at_its_beginning, acks_move_cursors_and_never_back,
             unkept_sessions_are_told_positions, a_wildcard_has_what_came_after_it, a_moved_session_is_refused,
             a_clean_start_forgets, without_expiry_nothing_is_kept, sessions_expire, a_session_may_never_expire,
-            what_was_sent_is_told, unsubscribing_forgets_the_cursor, subscribing_again_keeps_the_cursor,
+            what_was_sent_is_told, delivery_state_is_told_once, unsubscribing_forgets_the_cursor, subscribing_again_keeps_the_cursor,
             qos_0_owes_nothing, sessions_survive_reopening, a_gateway_that_is_gone_is_closed_for,
             overlapping_subscriptions_share_a_cursor, acks_survive_a_stop
         }
@@ -192,8 +192,12 @@ async fn try_ack(
 }
 
 async fn close(store: &Arc<dyn Store>, client_id: &str, attachment: u64, expiry_seconds: u32) {
-    let close =
-        v1::CloseSession { session: session(client_id), attachment, expiry_seconds, sent: Vec::new() };
+    let close = v1::CloseSession {
+        session: session(client_id),
+        attachment,
+        expiry_seconds,
+        ..v1::CloseSession::default()
+    };
     store.close_session(close).await.expect("a session closes");
 }
 

@@ -207,7 +207,8 @@ pub async fn what_was_sent_is_told(ground: Ground) {
     ack(&store, "c1", attachment, NEWS, 2).await;
     let sent = [(NEWS, 4), ("demo/wild/x", 3), ("demo/none", 3)];
     let sent = sent.map(|(topic, seq)| v1::AckPosition { topic: topic.to_owned(), seq }).into();
-    let close = v1::CloseSession { session: session("c1"), attachment, expiry_seconds: 60, sent };
+    let close =
+        v1::CloseSession { session: session("c1"), attachment, expiry_seconds: 60, sent, delivery: None };
     store.close_session(close).await.unwrap();
     let store = ground.reopen(store).await;
     let opened = open(&store, "c1").await;
@@ -215,6 +216,63 @@ pub async fn what_was_sent_is_told(ground: Ground) {
         opened.backlog.iter().map(|one| (one.topic.as_str(), one.after, one.sent)).collect();
     sent.sort();
     assert_eq!(sent, [(NEWS, 2, 4), ("demo/wild/x", 0, 3)]);
+}
+
+pub async fn delivery_state_is_told_once(ground: Ground) {
+    let store = ground.open().await;
+    let first = open(&store, "c1").await;
+    assert_eq!(first.delivery, None, "a new session has none");
+    let state = v1::DeliveryState {
+        in_flight: vec![
+            v1::InFlight { packet_id: 7, qos: 2, topic: NEWS.to_owned(), seq: 3, ..v1::InFlight::default() },
+            v1::InFlight { packet_id: 2, qos: 2, released: true, ..v1::InFlight::default() },
+            v1::InFlight {
+                packet_id: 3,
+                qos: 1,
+                topic: NEWS.to_owned(),
+                seq: 1,
+                retained: true,
+                ..v1::InFlight::default()
+            },
+        ],
+        sent: vec![v1::AckPosition { topic: NEWS.to_owned(), seq: 4 }],
+        received: vec![
+            v1::ReceivedPublish { packet_id: 9, message_id: String::new() },
+            v1::ReceivedPublish { packet_id: 10, message_id: "an id".to_owned() },
+        ],
+    };
+    let close_with = |attachment, delivery| v1::CloseSession {
+        session: session("c1"),
+        attachment,
+        expiry_seconds: 60,
+        delivery,
+        ..v1::CloseSession::default()
+    };
+    store.close_session(close_with(first.attachment, Some(state.clone()))).await.unwrap();
+    // It is as durable as the session, and in the same order.
+    let store = ground.reopen(store).await;
+    let second = open(&store, "c1").await;
+    assert_eq!(second.delivery, Some(state.clone()));
+    // That gateway was killed: what it has done with it nobody knows.
+    let third = open(&store, "c1").await;
+    assert_eq!((third.present, third.delivery), (true, None));
+    let store = ground.reopen(store).await;
+    let fourth = open(&store, "c1").await;
+    assert_eq!((fourth.present, fourth.delivery), (true, None));
+    // A later closing without any replaces it, a clean start forgets it, an old attachment cannot set it.
+    store.close_session(close_with(fourth.attachment, Some(state.clone()))).await.unwrap();
+    store.close_session(close_with(fourth.attachment, None)).await.unwrap();
+    let fifth = open(&store, "c1").await;
+    assert_eq!(fifth.delivery, None);
+    has_moved(store.close_session(close_with(fourth.attachment, Some(state.clone()))).await);
+    store.close_session(close_with(fifth.attachment, Some(state))).await.unwrap();
+    let clean = v1::OpenSession {
+        session: session("c1"),
+        clean_start: true,
+        expiry_seconds: 60,
+        ..Default::default()
+    };
+    assert_eq!(store.open_session(clean).await.unwrap().delivery, None);
 }
 
 pub async fn unsubscribing_forgets_the_cursor(ground: Ground) {

@@ -85,6 +85,8 @@ pub struct SessionRecord {
     pub baselines: Vec<u64>,
     #[prost(bool, tag = "10")]
     pub presumed_closed: bool,
+    #[prost(message, optional, tag = "11")]
+    pub delivery: Option<v1::DeliveryState>,
 }
 
 pub fn log_key(topic: TopicId, seq: u64) -> [u8; 12] {
@@ -356,6 +358,7 @@ fn session_of(record: SessionRecord) -> Session {
             .map(|(subscription, baseline)| Subscribed { subscription, baseline })
             .collect(),
         cursors: Vec::new(),
+        delivery: record.delivery.map(Box::new),
     }
 }
 
@@ -387,5 +390,6 @@ pub fn session_record(session: &Session) -> SessionRecord {
         subscriptions: session.subscriptions.iter().map(|held| held.subscription.clone()).collect(),
         baselines: session.subscriptions.iter().map(|held| held.baseline).collect(),
         presumed_closed: session.presumed_closed,
+        delivery: session.delivery.as_deref().cloned(),
     }
 }

@@ -83,6 +83,8 @@ pub struct Session {
     pub subscriptions: Vec<Subscribed>,
     /// Ordered by topic.
     pub cursors: Vec<Cursor>,
+    /// What its last gateway left for its next one.
+    pub delivery: Option<Box<v1::DeliveryState>>,
 }
 
 impl Session {

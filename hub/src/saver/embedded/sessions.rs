@@ -67,10 +67,12 @@ impl Planner<'_> {
             session.open = true;
             session.presumed_closed = false;
             session.expiry_seconds = open.expiry_seconds;
+            session.delivery.take()
         };
         let id = kept.unwrap_or(attachment);
+        let mut delivery = None;
         if kept.is_some() {
-            self.index.change_session(id, attach);
+            self.index.change_session(id, |session| delivery = attach(session));
         } else {
             let mut session = Session {
                 name: name.into(),
@@ -83,6 +85,7 @@ impl Planner<'_> {
                 expiry_seconds: 0,
                 subscriptions: Vec::new(),
                 cursors: Vec::new(),
+                delivery: None,
             };
             attach(&mut session);
             self.index.add_session(id, session);
@@ -90,7 +93,14 @@ impl Planner<'_> {
         self.pending.sessions.insert(id);
         let subscriptions = self.subscriptions(id).into_iter().map(|held| held.subscription).collect();
         let backlog = self.backlog(id, None)?;
-        Ok(v1::SessionOpened { present: kept.is_some(), attachment, subscriptions, backlog, kept: true })
+        Ok(v1::SessionOpened {
+            present: kept.is_some(),
+            attachment,
+            subscriptions,
+            backlog,
+            kept: true,
+            delivery: delivery.map(|delivery| *delivery),
+        })
     }
 
     pub fn subscribe(&mut self, subscribe: v1::Subscribe) -> StoreResult<Vec<v1::SubscribedOne>> {
@@ -232,6 +242,7 @@ impl Planner<'_> {
             session.presumed_closed = false;
             session.closed_ms = now_ms;
             session.expiry_seconds = close.expiry_seconds;
+            session.delivery = close.delivery.map(Box::new);
         });
         self.pending.sessions.insert(id);
         Ok(())
