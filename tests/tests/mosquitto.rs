@@ -38,9 +38,10 @@ async fn what_is_published_arrives_with_its_quality_of_service() {
     }
     let server = Server::start().await;
     for version in VERSIONS {
-        for (subscribed, published, delivered) in
-            [("0", "0", "0"), ("0", "1", "0"), ("1", "0", "0"), ("1", "1", "1")]
+        for (subscribed, published) in
+            ["00", "01", "02", "10", "11", "12", "20", "21", "22"].map(|both| both.split_at(1))
         {
+            let delivered = subscribed.min(published);
             let topic = format!("hello/{version}/{subscribed}/{published}");
             let mut subscriber =
                 subscriber(&server, version, &["-t", &topic, "-q", subscribed]).await.unwrap();
@@ -282,6 +283,42 @@ async fn a_push_reaches_an_inbox() {
         server.push(&user, "while there").await;
         assert_eq!(got(&mut device).await, format!("{inbox} q1 r0 while away"), "v{version}");
         assert_eq!(got(&mut device).await, format!("{inbox} q1 r0 while there"), "v{version}");
+    }
+}
+
+#[tokio::test]
+async fn a_kept_session_gets_each_message_of_qos_2_once() {
+    if find("mosquitto_sub").is_none() {
+        return;
+    }
+    let server = Server::start().await;
+    for version in VERSIONS {
+        let topic = format!("once/{version}");
+        let id = format!("once-{version}");
+        let mut session = vec!["-i", &id, "-c", "-t", &topic, "-q", "2"];
+        if version == "5" {
+            session.extend(["-x", "3600"]);
+        }
+        let leave = [session.as_slice(), &["-E"]].concat();
+        succeed(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &leave).unwrap()).await;
+        let mut command =
+            mosquitto("mosquitto_pub", server.addresses().mqtt, version, &["-t", &topic, "-q", "2", "-l"])
+                .unwrap();
+        let mut sender = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let lines: String = (0..200).map(|i| format!("{i}\n")).collect();
+        let mut stdin = sender.stdin.take().unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stdin, lines.as_bytes()).await.unwrap();
+        drop(stdin);
+        assert!(within("the sender ends", sender.wait()).await.unwrap().success());
+        // (Not killed in the middle: a client that has no session on its disk loses what it had not released.)
+        let back = [session.as_slice(), &["-W", "3", "-F", "%p q%q"]].concat();
+        let expected: Vec<String> = (0..200).map(|i| format!("{i} q2")).collect();
+        for expected in [&expected[..], &[]] {
+            let output =
+                run(mosquitto("mosquitto_sub", server.addresses().mqtt, version, &back).unwrap()).await;
+            let got = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert_eq!(got.lines().collect::<Vec<_>>(), expected, "v{version}");
+        }
     }
 }
 

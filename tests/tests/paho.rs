@@ -48,5 +48,8 @@ checks! {
     slow_receiver_gets_all
     large_payloads_travel
     wills_are_sent
+    exactly_once
+    lower_quality_of_service
+    aliases_both_ways
     many_devices_at_once
 }
