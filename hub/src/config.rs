@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::coordinator::CoordinatorConfig;
 use crate::registry::RegistryConfig;
+use crate::shares::SharesConfig;
 
 /// One document a cluster, kind `hub`. Changes take effect on running hubs.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -13,6 +14,7 @@ use crate::registry::RegistryConfig;
 pub struct HubConfig {
     pub registry: RegistryConfig,
     pub coordinator: CoordinatorConfig,
+    pub shares: SharesConfig,
 }
 
 impl ConfigDocument for HubConfig {
@@ -22,6 +24,7 @@ impl ConfigDocument for HubConfig {
         let mut found = Vec::new();
         self.registry.check("registry", &mut found);
         self.coordinator.check("coordinator", &mut found);
+        self.shares.check("shares", &mut found);
         found
     }
 }

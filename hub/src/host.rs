@@ -20,6 +20,7 @@ use crate::dispatcher::{self, Dispatcher};
 use crate::peers::{Directory, GRPC, WINDOW_BYTES};
 use crate::registry::{OwnerClient, Registry, RegistryDeps, client};
 use crate::saver::{Saver, SaverError, SaverOptions};
+use crate::shares::{Shares, SharesDeps};
 
 /// Name of the address that backends and devices speak HTTP to.
 pub const HTTP: &str = "http";
@@ -82,6 +83,7 @@ pub struct HubHandle {
     directory: Directory,
     saver: Option<Saver>,
     registry: Option<Registry>,
+    shares: Option<Shares>,
     coordinator: Option<Coordinator>,
     stop_http: CancellationToken,
     stop_grpc: CancellationToken,
@@ -130,6 +132,16 @@ impl Hub {
             })?),
             false => None,
         };
+        let shares = match &registry {
+            Some(registry) => Some(Shares::start(SharesDeps {
+                instance: options.instance_id.clone(),
+                incarnation: options.incarnation,
+                directory: directory.clone(),
+                ownership: registry.ownership(),
+                metrics: options.metrics.clone(),
+            })?),
+            None => None,
+        };
         let apps = agent.configs::<App>();
         let center = match has(Role::Center) {
             true => Some(Center::new(center::Deps {
@@ -164,6 +176,9 @@ impl Hub {
         }
         if let Some(registry) = &registry {
             routes.add_service(registry.service());
+        }
+        if let Some(shares) = &shares {
+            routes.add_service(shares.service());
         }
         if let Some(center) = &center {
             routes.add_service(center.grpc_service());
@@ -203,6 +218,7 @@ impl Hub {
             directory,
             saver,
             registry,
+            shares,
             coordinator,
             stop_http,
             stop_grpc,
@@ -255,6 +271,10 @@ impl HubHandle {
         self.join("http").await;
         if let Some(registry) = self.registry.take() {
             self.hand_over().await;
+            // Before the registry's streams end, on which their messages come.
+            if let Some(shares) = self.shares.take() {
+                shares.stop().await;
+            }
             registry.stop().await;
         }
         if let Some(coordinator) = self.coordinator.take() {

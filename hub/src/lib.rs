@@ -10,5 +10,6 @@ pub mod peers;
 mod problem;
 pub mod registry;
 pub mod saver;
+pub mod shares;
 
 pub use host::{Hub, HubError, HubHandle, HubOptions};

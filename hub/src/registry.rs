@@ -26,6 +26,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::attach::message_bytes;
 pub use self::client::{OwnerClient, PublishError};
 use self::core::Limits;
 pub use self::core::PresenceEvent;
@@ -120,6 +121,11 @@ pub struct Ownership {
 }
 
 impl Ownership {
+    /// To wait for changes.
+    pub fn slots(&self) -> Live<SlotMap> {
+        self.slots.clone()
+    }
+
     pub fn owns(&self, name: &str) -> bool {
         let slots = self.slots.borrow();
         slots.owner_of(name).is_some_and(|(_, owner)| self.is_us(owner))
@@ -194,6 +200,10 @@ impl Registry {
         RegistryServer::new(Service(self.shared.clone()))
             .max_decoding_message_size(carillon_proto::MAX_GRPC_MESSAGE_BYTES)
             .max_encoding_message_size(carillon_proto::MAX_GRPC_MESSAGE_BYTES)
+    }
+
+    pub fn ownership(&self) -> Ownership {
+        self.shared.ownership.clone()
     }
 
     /// Does it own at least one slot, or does the keeper give them all to others?

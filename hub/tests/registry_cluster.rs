@@ -8,3 +8,5 @@ mod harness;
 mod presence;
 #[path = "registry_cluster/publishing.rs"]
 mod publishing;
+#[path = "registry_cluster/shares.rs"]
+mod shares;

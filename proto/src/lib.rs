@@ -8,6 +8,7 @@ pub mod v1 {
 
 pub mod exchange;
 pub mod filter_tree;
+pub mod share;
 pub mod topic;
 
 /// The largest gRPC message that any Carillon process sends or accepts.

@@ -125,6 +125,11 @@ impl Cluster {
             .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
     }
 
+    /// Where other roles reach the hub.
+    pub fn grpc_url(&self) -> String {
+        format!("http://{}", self.running.as_ref().unwrap().hub.grpc_address())
+    }
+
     /// Makes a gateway discoverable, without attaching it.
     pub fn register_gateway(&self, id: &str, incarnation: u64) {
         self.agent().register(Instance {
