@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use crate::delivery::Delivery;
 use crate::drain::Plan;
-use crate::link::{SaverFailure, SlotAnnouncement};
+use crate::link::{Member, SaverFailure, SlotAnnouncement};
 use crate::listeners::LiveSettings;
 use crate::shard::Left;
 
@@ -71,6 +71,13 @@ pub enum Event {
         conn: ConnId,
         topic: Arc<str>,
         result: Result<v1::ReadReply, SaverFailure>,
+    },
+    /// A message of a share that this connection is to have; answered with `share_done` or `share_busy`.
+    Share {
+        conn: ConnId,
+        member: Member,
+        token: u64,
+        delivery: Arc<Delivery>,
     },
     Kick {
         conn: ConnId,

@@ -6,6 +6,7 @@
 mod attach;
 mod publish;
 mod saver;
+mod shares;
 mod subscribe;
 mod wills;
 
@@ -31,6 +32,7 @@ use crate::sessions::Sessions;
 
 pub use attach::SlotAnnouncement;
 pub use saver::SaverFailure;
+pub use shares::{Member, ShareMember};
 pub use subscribe::{Begun, Underway, Wanted};
 
 /// How long a SUBSCRIBE waits for the topics' owners, and a publish for being accepted.
@@ -61,6 +63,9 @@ pub(crate) struct Inner {
     epochs: Vec<AtomicU64>,
     broadcasts: Mutex<HashMap<Arc<str>, BroadcastCount>>,
     wills: wills::Wills,
+    /// To the table of members of shares.
+    shares: mpsc::UnboundedSender<shares::Command>,
+    next_member: AtomicU64,
     stop: CancellationToken,
 }
 
@@ -107,6 +112,7 @@ impl Link {
         metrics: Metrics,
         stop: CancellationToken,
     ) -> Link {
+        let (share_commands, to_shares) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
             agent,
             instance,
@@ -122,8 +128,11 @@ impl Link {
             epochs: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
             broadcasts: Mutex::default(),
             wills: wills::Wills::default(),
+            shares: share_commands,
+            next_member: AtomicU64::new(1),
             stop,
         });
+        tokio::spawn(shares::run(inner.clone(), to_shares));
         Link { inner }
     }
 

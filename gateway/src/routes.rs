@@ -45,6 +45,8 @@ pub struct RouteState {
 impl RouteState {
     /// Of a filter with wildcards nothing is known but that messages come.
     const WILD: RouteState = RouteState { last: 0, has_retained: true };
+    /// Of a share its home knows where it is; retained messages are not sent (MQTT 5.0 §4.8.2).
+    pub const SHARE: RouteState = RouteState { last: 0, has_retained: false };
 }
 
 /// Who waits for a route to be in force. Called once, or dropped when the route goes before.

@@ -27,6 +27,7 @@ mod publishing;
 mod read;
 mod resend;
 mod secure;
+mod shared;
 mod subscribe;
 mod timers;
 mod tls;
@@ -135,6 +136,7 @@ pub struct Shard {
     jobs: Vec<broadcast::Job>,
     /// Connections whose TLS handshake has something to go on with, and their generations.
     handshakes: VecDeque<(u32, u32)>,
+    memberships: shared::Memberships,
     buffer: Vec<u8>,
     /// What one read of a connection over TLS has brought.
     plain: Vec<u8>,
@@ -188,6 +190,7 @@ impl Shard {
             awaiting_routes: VecDeque::new(),
             jobs: Vec::new(),
             handshakes: VecDeque::new(),
+            memberships: shared::Memberships::default(),
             buffer: vec![0; READ_BUFFER_BYTES],
             plain: Vec::new(),
             scratch: Vec::new(),
@@ -299,6 +302,7 @@ impl Shard {
             Event::Unsubscribed { conn, packet_id, kept } => self.unsubscribed(conn, packet_id, kept),
             Event::Published { conn, ticket, outcome } => self.published(conn, ticket, outcome),
             Event::Read { conn, topic, result } => self.have_read(conn, &topic, result),
+            Event::Share { conn, member, token, delivery } => self.assigned(conn, member, token, &delivery),
             Event::KickGuest { conn, key } => self.kick_guest(conn, key, "kicked"),
             Event::Kick { conn, reason } => self.kick(conn, reason),
             Event::HandOver { from, to, clean } => {
@@ -348,6 +352,7 @@ impl Shard {
                 self.retry_behind(index);
             }
         }
+        self.look_for_room();
     }
 
     fn app_index(&mut self, app: &Arc<str>) -> u16 {

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use super::publish::{NOT_AUTHORIZED, UNSPECIFIED_ERROR};
 use super::saver::{SaverFailure, unexpected};
+use super::shares::ShareMember;
 use super::{AttachCommand, Link};
 use crate::delivery::Delivery;
 use crate::event::{ConnId, Event, Granted};
@@ -29,6 +30,8 @@ pub struct Wanted {
     pub existed: bool,
     /// It is in the app of the connection's own session: may be kept with that.
     pub is_own: bool,
+    /// Of a shared subscription: who is to be a member.
+    pub share: Option<ShareMember>,
 }
 
 impl Wanted {
@@ -72,19 +75,35 @@ impl Link {
         session: Option<(v1::SessionRef, u64)>,
         wanted: Vec<Wanted>,
     ) -> Begun {
-        let filters: Vec<Arc<str>> = wanted.iter().map(|wanted| wanted.filter.clone()).collect();
+        let filters: Vec<(Arc<str>, Option<ShareMember>)> =
+            wanted.iter().map(|wanted| (wanted.filter.clone(), wanted.share)).collect();
         let left = filters.len();
         let state = State { session, wanted, routed: vec![None; left], left };
         let mut ready = Vec::with_capacity(left);
         let mut underway: Option<Arc<Underway>> = None;
         let mut state = Some(state);
-        for (place, filter) in filters.iter().enumerate() {
-            let waiter = || -> Waiter {
+        for (place, (filter, share)) in filters.iter().enumerate() {
+            let mut waits = || {
                 let underway = underway.get_or_insert_with(|| {
                     let state = Mutex::new(state.take().unwrap_or_default());
                     Arc::new(Underway { link: self.clone(), conn, packet_id, state })
                 });
-                let underway = underway.clone();
+                underway.clone()
+            };
+            if let Some(member) = share {
+                if member.is_new {
+                    let underway = waits();
+                    let answer = move |outcome: Result<(), u8>| {
+                        underway.routed(&[(place, outcome.map(|()| RouteState::SHARE))]);
+                    };
+                    self.join_share(conn, filter, *member, Box::new(answer));
+                } else {
+                    ready.push((place, Ok(RouteState::SHARE)));
+                }
+                continue;
+            }
+            let waiter = || -> Waiter {
+                let underway = waits();
                 Box::new(move |route| underway.routed(&[(place, Ok(route))]))
             };
             let joined = if topic::is_wildcard(filter) {

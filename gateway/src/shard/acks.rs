@@ -16,6 +16,7 @@ impl Shard {
         // An unknown one is of a message sent on another connection.
         if session.inflight.as_mut().is_some_and(|inflight| inflight.acked(packet_id)) {
             self.settle_front(index);
+            self.share_acked(index, packet_id);
             self.pump(index);
         }
     }

@@ -79,6 +79,7 @@ impl Shard {
                 at += 1;
             }
         }
+        self.members_have_room(index);
     }
 
     /// True when the topic is caught up with (or nobody wants it any more).

@@ -175,7 +175,8 @@ impl Shard {
         let _ = conn.stream.shutdown(Shutdown::Write);
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);
         self.shared.admission.leave(conn.source);
-        let parks = self.parks(&conn, &why);
+        // A member of a share is replaced at once by others.
+        let parks = self.parks(&conn, &why) && !self.memberships.contains_key(&index);
         if matches!(why, Reason::Moved { .. }) {
             self.linger(conn.stream);
         }
@@ -191,6 +192,7 @@ impl Shard {
         if let Some(pending) = session.pending.take() {
             self.release_pending(&pending);
         }
+        self.leave_shares(index, &session);
         if let Some(positions) = self.acks.remove(&index) {
             self.send_acks(&session, positions);
         }

@@ -22,6 +22,7 @@ use crate::auth::{Rights, Stamp};
 use crate::codec::Version;
 use crate::delivery::Delivery;
 use crate::event::ConnId;
+use crate::link::Member;
 use crate::listeners::Settings;
 
 /// Where a connection is in its life.
@@ -188,7 +189,17 @@ pub struct PendingSubscribe {
 
 pub enum PendingEntry {
     Refused(u8),
-    Wanted { topic: TopicId, options: SubOptions, identifier: u32 },
+    Wanted {
+        topic: TopicId,
+        options: SubOptions,
+        identifier: u32,
+    },
+    /// A shared subscription.
+    Share {
+        member: Member,
+        options: SubOptions,
+        identifier: u32,
+    },
 }
 
 impl Conn {

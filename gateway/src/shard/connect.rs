@@ -289,7 +289,6 @@ impl Shard {
             topic_alias_maximum: session.alias_offered,
             assigned_client_id: opening.is_client_id_assigned.then_some(&*session.client_id),
             server_keep_alive: overruled.then_some(max),
-            shared_available: false,
             ..ConnAckProperties::default()
         };
         self.scratch.clear();

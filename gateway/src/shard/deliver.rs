@@ -260,7 +260,13 @@ impl Shard {
         self.send_unstored(index, &target, delivery, true);
     }
 
-    fn send_qos0(&mut self, index: u32, target: &Target, delivery: &Arc<Delivery>, retained: bool) {
+    pub(super) fn send_qos0(
+        &mut self,
+        index: u32,
+        target: &Target,
+        delivery: &Arc<Delivery>,
+        retained: bool,
+    ) {
         let (round, now) = (self.round, self.now);
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
@@ -310,7 +316,7 @@ impl Shard {
 
     /// Sends a message with QoS 1 or 2. False: larger than the device takes, and not sent.
     #[allow(clippy::too_many_arguments)] // each is a fact of its own
-    fn send_acked(
+    pub(super) fn send_acked(
         &mut self,
         index: u32,
         target: &Target,

@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use carillon_proto::{topic, v1};
+use carillon_proto::{share, topic, v1};
 
-use super::Shard;
 use super::conn::{Conn, PendingEntry, PendingSubscribe};
 use super::timers::ticks;
 use super::topics::{Sub, SubOptions, SubRef, TopicId};
+use super::{Shard, shared};
 use crate::auth;
 use crate::codec::{self, RetainHandling, Subscribe, SubscribeOptions, Unsubscribe, reason};
 use crate::event::{ConnId, Granted};
@@ -37,7 +37,11 @@ impl Shard {
                         relative,
                     };
                     let handling = retain_handling(options);
-                    entries.push(self.want(index, &full, options_kept, identifier, handling, &mut wanted));
+                    entries.push(if share::parse(&full).is_some() {
+                        self.want_share(index, &full, options_kept, identifier, &mut wanted)
+                    } else {
+                        self.want(index, &full, options_kept, identifier, handling, &mut wanted)
+                    });
                 }
                 Err(Refused(code)) => entries.push(PendingEntry::Refused(code)),
             }
@@ -56,8 +60,12 @@ impl Shard {
                 retain_as_published: subscription.retain_as_published,
                 relative: subscription.relative,
             };
-            let identifier = subscription.identifier;
-            entries.push(self.want(index, &subscription.filter, options, identifier, 2, &mut wanted));
+            let (filter, identifier) = (&subscription.filter, subscription.identifier);
+            entries.push(if share::parse(filter).is_some() {
+                self.want_share(index, filter, options, identifier, &mut wanted)
+            } else {
+                self.want(index, filter, options, identifier, 2, &mut wanted)
+            });
         }
         self.ask(index, PendingSubscribe { packet_id: 0, entries }, wanted);
     }
@@ -65,27 +73,31 @@ impl Shard {
     fn may_subscribe(&self, index: u32, filter: &str, wanted: &[Wanted]) -> Result<(String, bool), Refused> {
         let conn = &self.conns[index as usize];
         let Some(session) = &conn.session else { return Err(Refused(reason::UNSPECIFIED_ERROR)) };
-        if filter.starts_with("$share/") {
-            return Err(Refused(reason::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED));
-        }
         if filter.len() > self.config.max_topic_bytes.into() {
             return Err(Refused(reason::TOPIC_FILTER_INVALID));
         }
-        let Some((full, relative, who)) = session.resolve(filter) else {
+        let Some((full, relative, who)) = shared::resolve(session, filter) else {
             return Err(Refused(reason::NOT_AUTHORIZED));
         };
         if topic::check_filter(&full).is_err() || auth::levels(&full) > self.config.max_topic_levels.into() {
             return Err(Refused(reason::TOPIC_FILTER_INVALID));
         }
+        // Of a shared subscription, what is below the share must be allowed.
+        let plain = share::parse(&full).map_or(&*full, |(_, plain)| plain);
         let apps = self.shared.apps.load();
         let allowed = apps
             .get(&**who.app)
-            .is_some_and(|app| auth::may_subscribe(app, who.rights, who.user, auth::below(&full)));
+            .is_some_and(|app| auth::may_subscribe(app, who.rights, who.user, auth::below(plain)));
         if !allowed {
             return Err(Refused(reason::NOT_AUTHORIZED));
         }
-        if conn.subs.len() + wanted.len() >= self.config.max_subscriptions as usize
+        if share::parse(&full).is_some() && !session.is_own(plain) {
+            // A share is a part of the session; a guest on its connection is not.
+            return Err(Refused(reason::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED));
+        }
+        if conn.subs.len() + self.shares_of(index) + wanted.len() >= self.config.max_subscriptions as usize
             && self.subscription(conn, &full).is_none()
+            && !self.is_in_share(index, &full)
         {
             return Err(Refused(reason::QUOTA_EXCEEDED));
         }
@@ -127,7 +139,7 @@ impl Shard {
             identifier,
             relative: options.relative,
         };
-        wanted.push(Wanted { filter: name, subscription, retain_handling, existed, is_own });
+        wanted.push(Wanted { filter: name, subscription, retain_handling, existed, is_own, share: None });
         PendingEntry::Wanted { topic, options, identifier }
     }
 
@@ -205,6 +217,10 @@ impl Shard {
         for entry in &pending.entries {
             match *entry {
                 PendingEntry::Refused(code) => codes.push(code),
+                PendingEntry::Share { member, options, identifier } => {
+                    let outcome = outcomes.next().unwrap_or(Err(reason::UNSPECIFIED_ERROR));
+                    codes.push(self.share_joined(index, (member, options, identifier), outcome));
+                }
                 PendingEntry::Wanted { topic, options, identifier } => {
                     let name = self.topics.get(topic).name.clone();
                     let session = self.conns[index as usize].session.as_ref();
@@ -314,7 +330,16 @@ impl Shard {
         for filter in unsubscribe.filters {
             let conn = &self.conns[index as usize];
             let Some(session) = &conn.session else { return };
-            let full = session.resolve(filter).map(|(full, ..)| full);
+            let full = shared::resolve(session, filter).map(|(full, ..)| full);
+            if let Some(share) = full.as_ref().filter(|full| share::parse(full).is_some()).cloned() {
+                codes.push(if self.unsubscribe_share(index, &share) {
+                    removed.push(share);
+                    reason::SUCCESS
+                } else {
+                    reason::NO_SUBSCRIPTION_EXISTED
+                });
+                continue;
+            }
             let is_own = full.as_ref().is_some_and(|full| session.is_own(full));
             match full.and_then(|full| self.subscription(conn, &full).map(|sub| (full, sub))) {
                 Some((full, sub)) => {
