@@ -243,6 +243,49 @@ def large_payloads_travel():
     assert receiver.next().payload == payload
 
 
+def shared_subscriptions_have_their_options():
+    publisher = Device("publisher")
+    equal(getattr(publisher.properties, "SharedSubscriptionAvailable", 1), 1)
+    publisher.publish("shared/x", b"kept", retain=True)
+    member, other = Device("member"), Device("member3", version=mqtt.MQTTv311)
+
+    def identified(number):
+        properties = Properties(PacketTypes.SUBSCRIBE)
+        properties.SubscriptionIdentifier = number
+        return properties
+
+    options = SubscribeOptions(qos=1, retainAsPublished=True)
+    member.client.subscribe("$share/g/shared/+", options=options, properties=identified(7))
+    equal(member.subacks.get(timeout=PATIENCE)[0].value, 1)
+    # Retained messages are not sent on it (section 4.8.2).
+    member.nothing()
+    # Beside it a plain subscription gets a copy of its own.
+    options = SubscribeOptions(qos=0, retainHandling=2)
+    member.client.subscribe("shared/x", options=options, properties=identified(8))
+    member.subacks.get(timeout=PATIENCE)
+    publisher.publish("shared/x", b"both", retain=True)
+    both = sorted((member.next() for _ in range(2)), key=lambda m: m.properties.SubscriptionIdentifier)
+    equal([(m.properties.SubscriptionIdentifier, m.qos, m.retain, m.payload) for m in both],
+          [([7], 1, True, b"both"), ([8], 0, False, b"both")])
+    # The whole share: QoS of each member, in turn; no copy for anybody twice.
+    equal(other.subscribe("$share/g/demo/shared/+", qos=0)[0].value, 0)
+    for i in range(6):
+        publisher.publish("shared/y", b"%d" % i)
+    mine, theirs = [member.next() for _ in range(3)], [other.next() for _ in range(3)]
+    equal(sorted(m.payload for m in mine + theirs), [b"%d" % i for i in range(6)])
+    equal({m.qos for m in mine} | {m.topic for m in mine}, {1, "shared/y"})
+    equal({m.qos for m in theirs} | {m.topic for m in theirs}, {0, "demo/shared/y"})
+    # Subscribed anew: the options are the new ones, and it is one subscription still.
+    member.client.subscribe("$share/g/shared/+", options=SubscribeOptions(qos=0), properties=identified(9))
+    member.subacks.get(timeout=PATIENCE)
+    other.leave()
+    for i in range(3):
+        publisher.publish("shared/z", b"%d" % i)
+    equal([(m.properties.SubscriptionIdentifier, m.qos, m.payload) for m in (member.next() for _ in range(3))],
+          [([9], 0, b"%d" % i) for i in range(3)])
+    member.nothing()
+
+
 def wills_are_sent():
     for version in (mqtt.MQTTv5, mqtt.MQTTv311):
         topic = f"wills/{version}"

@@ -6,6 +6,7 @@
 pub mod certificates;
 pub mod cluster;
 pub mod device;
+pub mod hubs;
 pub mod mqtt;
 pub mod server;
 pub mod tools;
@@ -14,6 +15,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+pub use cluster::Cluster;
 pub use server::{Server, carillon};
 
 /// How long a test waits for what must happen, unless it says otherwise. Long, because machines are slow at times;

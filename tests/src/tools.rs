@@ -106,6 +106,11 @@ impl Running {
         line.expect("its output can be read").expect("it printed less than was expected")
     }
 
+    /// Its next line, however long that takes; none when it has ended.
+    pub async fn next(&mut self) -> Option<String> {
+        self.lines.next_line().await.expect("its output can be read")
+    }
+
     /// Skips lines up to one that contains a text; gives that one.
     pub async fn line_with(&mut self, text: &str) -> String {
         loop {

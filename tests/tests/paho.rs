@@ -47,6 +47,7 @@ checks! {
     subscription_identifiers
     slow_receiver_gets_all
     large_payloads_travel
+    shared_subscriptions_have_their_options
     wills_are_sent
     exactly_once
     lower_quality_of_service
