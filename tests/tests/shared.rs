@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use carillon_tests::hubs::Cluster;
 use carillon_tests::mqtt::{self, Answer, Raw};
 use carillon_tests::tools::{Running, find, mosquitto};
-use carillon_tests::{Cluster, Server, eventually};
+use carillon_tests::{Server, eventually};
 use tokio::sync::mpsc;
 
 /// Long enough for what should not come to have come.

@@ -112,6 +112,7 @@ impl Session {
             attachment: self.attachment,
             expiry_seconds,
             sent: Vec::new(),
+            delivery: None,
         }))
     }
 
