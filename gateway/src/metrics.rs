@@ -17,6 +17,7 @@ pub const ATTACHED: &str = "carillon_gateway_registries_attached";
 pub const ATTACH_OVERFLOWS: &str = "carillon_gateway_attach_overflows_total";
 pub const STALE_EPOCH: &str = "carillon_gateway_stale_epoch_messages_total";
 pub const SAVER_UNSENT: &str = "carillon_gateway_saver_unsent_total";
+pub const TIMER_ENTRIES: &str = "carillon_gateway_timer_entries";
 pub const LOG_READS: &str = "carillon_gateway_log_reads_total";
 pub const LISTENERS: &str = "carillon_gateway_listener_open_state";
 pub const TLS_HANDSHAKES: &str = "carillon_gateway_tls_handshakes_total";
@@ -92,6 +93,7 @@ pub struct Metrics {
     pub parked: IntGauge,
     pub resumed: IntCounter,
     pub parked_ended: IntCounter,
+    pub timer_entries: IntGauge,
 }
 
 impl Metrics {
@@ -205,6 +207,10 @@ impl Metrics {
             parked_ended: counter(
                 PARKED_ENDED,
                 "Sessions whose devices did not come back in the resume window",
+            )?,
+            timer_entries: gauge(
+                TIMER_ENTRIES,
+                "Entries in the timer wheels: deadlines of connections to look at",
             )?,
         })
     }

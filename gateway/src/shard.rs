@@ -107,6 +107,8 @@ pub struct Shard {
     next_generation: u32,
     topics: Topics,
     timers: Timers,
+    /// Entries of the wheel, as the metric has them.
+    told_timers: i64,
     counts: Counts,
     /// The apps that have had connections here, and what they have done since the last adding up.
     apps: Vec<(Arc<str>, AppCounts)>,
@@ -170,6 +172,7 @@ impl Shard {
             next_generation: 0,
             topics: Topics::default(),
             timers: Timers::new(started),
+            told_timers: 0,
             counts: Counts::default(),
             apps: Vec::new(),
             round: 0,
@@ -343,6 +346,8 @@ impl Shard {
         self.end_guests();
         self.shared.overload.note_lag(std::mem::take(&mut self.longest_round));
         self.counts.flush(&self.shared.metrics);
+        let timers = self.timers.len() as i64;
+        self.shared.metrics.timer_entries.add(timers - std::mem::replace(&mut self.told_timers, timers));
         for (app, counts) in &mut self.apps {
             self.shared.totals.add(app, std::mem::take(counts));
         }

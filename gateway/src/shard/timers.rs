@@ -24,6 +24,8 @@ pub struct Timers {
     started: Instant,
     now: Tick,
     slots: Box<[Vec<Entry>]>,
+    /// Entries in all slots.
+    len: usize,
 }
 
 /// Ticks that cover a duration.
@@ -33,17 +35,23 @@ pub fn ticks(duration: Duration) -> Tick {
 
 impl Timers {
     pub fn new(started: Instant) -> Self {
-        Timers { started, now: 0, slots: (0..SLOTS).map(|_| Vec::new()).collect() }
+        Timers { started, now: 0, slots: (0..SLOTS).map(|_| Vec::new()).collect(), len: 0 }
     }
 
     pub fn now(&self) -> Tick {
         self.now
     }
 
+    /// How many entries there are, those of connections that have ended since included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// Looks at the connection at this tick, or earlier if it is beyond the wheel's span.
     pub fn add(&mut self, at: Tick, entry: Entry) {
         let at = at.clamp(self.now + 1, self.now + SLOTS as Tick - 1);
         self.slots[at as usize % SLOTS].push(entry);
+        self.len += 1;
     }
 
     /// Advances to the present and gives the entries that have come up.
@@ -53,6 +61,7 @@ impl Timers {
         let turns = (target - self.now).min(SLOTS as Tick);
         for tick in target - turns + 1..=target {
             let slot = &mut self.slots[tick as usize % SLOTS];
+            self.len -= slot.len();
             due.append(slot);
             if slot.capacity() > 1024 {
                 slot.shrink_to_fit();
@@ -79,6 +88,7 @@ mod tests {
         timers.add(0, entry(1));
         timers.add(5, entry(2));
         timers.add(1_000_000, entry(3));
+        assert_eq!(timers.len(), 3);
         let mut due = Vec::new();
         timers.advance(started + TICK, &mut due);
         assert_eq!(due, [entry(1)]);
@@ -91,5 +101,6 @@ mod tests {
         timers.advance(started + TICK * 100_000, &mut due);
         assert_eq!(due, [entry(3)]);
         assert_eq!(timers.now(), 100_000);
+        assert_eq!(timers.len(), 0);
     }
 }
