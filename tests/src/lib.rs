@@ -6,9 +6,11 @@
 pub mod certificates;
 pub mod cluster;
 pub mod device;
+pub mod fleet;
 pub mod hubs;
 pub mod mqtt;
 pub mod server;
+pub mod swarm;
 pub mod tools;
 
 use std::fmt::Debug;
