@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help dev console build test fmt lint bench clean
+.PHONY: help dev console build test fmt lint bench million soak clean
 
 CARGO ?= cargo
 # Everything that is fetched or built outside of target/ and node_modules/.
@@ -35,6 +35,20 @@ lint: ## Formatting, clippy, licences and sources of dependencies
 
 bench: ## Run the benchmarks
 	@$(CARGO) bench --workspace --benches
+
+# The binary as it is shipped, or CARILLON=path, and the tools that load it.
+define load-tools
+[ -n "$(CARILLON)" ] || $(CARGO) build --quiet --profile dist --package carillon
+$(CARGO) build --quiet --release --package carillon-tests --bins
+endef
+
+million: ## Hold COUNT (1,000,000) connections on this machine, push to them, and measure it (ARGS="--qos 1", --help)
+	@$(load-tools)
+	@exec target/release/million --carillon $(or $(CARILLON),target/dist/carillon) --count $(or $(COUNT),1000000) $(ARGS)
+
+soak: ## Hold 19,000 connections for MINUTES (60) with churn and traffic, and look for leaks and drift
+	@$(load-tools)
+	@exec target/release/soak --carillon $(or $(CARILLON),target/dist/carillon) --minutes $(or $(MINUTES),60) $(ARGS)
 
 clean: ## Remove what was built (the data of `make dev` stays)
 	@$(CARGO) clean
