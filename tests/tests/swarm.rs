@@ -113,7 +113,8 @@ async fn who_pings_stays_and_who_is_silent_is_ended_in_time_while_others_come_an
         })
         .await;
     assert_eq!(status.silent.off, 0, "{status:?}");
-    assert!(status.silent.least_late_ms > -200, "{status:?}");
+    // The gateway counts in tenths of a second.
+    assert!(status.silent.least_late_ms > -300, "{status:?}");
     assert!(status.lost.is_empty() && status.failed.is_empty(), "{status:?}");
     // Those under way, and those whose connection churn ended before the answer.
     assert!(status.pongs + status.churned + 200 >= status.pings, "{status:?}");

@@ -122,6 +122,7 @@ impl Swarms {
         let mut all = Report::default();
         for swarm in &mut self.0 {
             let report = swarm.report().await?;
+            all.present += report.present;
             all.connect.add(&report.connect);
             all.broadcast.add(&report.broadcast);
             all.unicast.add(&report.unicast);

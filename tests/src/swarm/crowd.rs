@@ -301,7 +301,11 @@ impl Crowd {
         while let Some(end) = self.commands.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.commands.drain(..=end).collect();
             match std::str::from_utf8(&line).map(str::trim) {
-                Ok(REPORT) => self.tell(Some(Box::new(self.report.clone())))?,
+                Ok(REPORT) => {
+                    let is_ready = |device: &&Device| device.state == State::Ready;
+                    let present = self.devices.iter().take_while(is_ready).count() as u32;
+                    self.tell(Some(Box::new(Report { present, ..self.report.clone() })))?;
+                }
                 Ok(RESET) => self.report = Report::default(),
                 Ok(HALT) => self.halted = true,
                 other => return Err(io::Error::other(format!("no such command: {other:?}"))),

@@ -68,6 +68,8 @@ impl Silent {
 /// Since the start, or the last `reset`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Report {
+    /// From the first device on, so many are all ready.
+    pub present: u32,
     /// From connect to SUBACK.
     pub connect: Histogram,
     pub broadcast: Received,

@@ -143,10 +143,6 @@ impl Run {
                 course.push((seconds, ready, left_kb));
                 say(&format!("{seconds:5.0} s  {ready:>9} connected  {:>7} MiB available", left_kb / 1024));
             }
-            if settled == started && (started == count || stopped.is_some()) {
-                course.push((seconds, ready, left_kb));
-                return Ok(Ramp { took: began.elapsed(), stopped, course });
-            }
             if stopped.is_none() {
                 if left_kb < floor_kb {
                     stopped = Some(format!("memory: less than {} MiB is available", self.args.floor));
@@ -178,6 +174,10 @@ impl Run {
                     first += u64::from(share);
                     self.swarms.0.push(Swarm::start(&format!("swarm-{started}"), &order, self.fleet.dir())?);
                 }
+            }
+            if settled == started && (started == count || stopped.is_some()) {
+                course.push((seconds, ready, left_kb));
+                return Ok(Ramp { took: began.elapsed(), stopped, course });
             }
             if left_kb < floor_kb / 2 {
                 bail!(
@@ -217,12 +217,12 @@ impl Run {
     async fn unicast(&mut self) -> anyhow::Result<Push> {
         self.swarms.tell(RESET).await?;
         let before = self.snapshot()?;
-        // Spread evenly over everyone; of a swarm that is not complete, its first ones are there.
+        // Spread evenly over everyone; of a swarm that is not complete, over its first ones, which are there.
         let mut first = 0;
         let mut users = Vec::new();
-        for swarm in &self.swarms.0 {
-            let ready = u64::from(swarm.status().ready);
-            users.extend(first..first + ready);
+        for swarm in &mut self.swarms.0 {
+            let present = u64::from(swarm.report().await?.present);
+            users.extend(first..first + present);
             first += u64::from(swarm.count);
         }
         let wanted = (self.args.unicasts as usize).min(users.len());

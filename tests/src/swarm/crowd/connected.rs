@@ -58,7 +58,9 @@ impl Crowd {
                             Err(error) => self.end(index, &reason(&error), false),
                         }
                     }
-                    State::Closed if !self.stopped() => self.connect(index, now),
+                    State::Closed if self.stopped() => {}
+                    State::Closed if self.status.pending < self.options.window => self.connect(index, now),
+                    State::Closed => self.retry(index),
                     _ => {}
                 }
             }
@@ -95,11 +97,11 @@ impl Crowd {
             }
             let name = format!("d{}", self.options.first + u64::from(index));
             let packet = mqtt::connect(self.options.version, &name, self.keep_alive(index));
-            if !self.advance(index, State::Greeting, &packet) {
-                return;
-            }
             if index < self.options.silent {
                 self.devices[index as usize].since_ms = self.now_ms() as u32;
+            }
+            if !self.advance(index, State::Greeting, &packet) {
+                return;
             }
         }
         if flags & (READABLE | ENDED) != 0 {
