@@ -149,8 +149,9 @@ impl Routes {
         let missed = if route.announced && head > route.last { route.shards } else { 0 };
         route.last = route.last.max(head);
         route.announced = true;
-        route.has_retained = has_retained;
-        let state = Some(RouteState { last: route.last, has_retained });
+        // A retained message may have come by since the owner looked.
+        route.has_retained |= has_retained;
+        let state = Some(RouteState { last: route.last, has_retained: route.has_retained });
         InForce { missed, waiters: std::mem::take(&mut route.waiters), state }
     }
 

@@ -386,7 +386,9 @@ impl Center {
             let text = format!("may be at most {MAX_REVOKE_AHEAD_SECONDS} seconds from now");
             return Err(Problem::field("before", text));
         }
-        let forget = token_lifetime_seconds.map_or(0, |seconds| before.saturating_add(seconds).max(now + 1));
+        // Gateways go on taking a token for their `token_leeway_seconds`, an hour at most, after it has expired.
+        let lives = |seconds: u64| before.saturating_add(seconds).saturating_add(3600).max(now + 1);
+        let forget = token_lifetime_seconds.map_or(0, lives);
         let revoked = RevokedUser { before, forget };
         self.inner.cluster.revoke(&caller.name, user, revoked).await.map_err(from_cluster)?;
         Ok(before)

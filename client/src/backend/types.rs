@@ -21,7 +21,7 @@ pub enum To {
 pub struct Push {
     #[serde(flatten)]
     payload: Payload,
-    /// 0 or 1; 1 unless said.
+    /// 0, 1 or 2; 1 unless said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qos: Option<u8>,
     /// Not delivered after so many seconds.

@@ -127,7 +127,8 @@ fn accept(
         }
     }
     let stamp = Stamp {
-        issued: u32::try_from(claims.iat).unwrap_or(u32::MAX),
+        // One that makes no sense (milliseconds, say) is as old as can be: a revocation reaches it.
+        issued: u32::try_from(claims.iat).unwrap_or(0),
         id: claims.jti.as_deref().map_or(0, token_id),
     };
     if keyring.is_revoked(&claims.app, &claims.sub, stamp) {

@@ -21,7 +21,9 @@ impl Link {
     /// Forwards a message; `done` is called once, from any thread, when it was accepted or refused or nobody answered in
     /// time. Publishes of one thread to one topic are sequenced in the order of these calls.
     pub fn publish(&self, message: v1::Message, done: impl FnOnce(PublishOutcome) + Send + 'static) {
-        self.publish_as(message, false, done);
+        // A device may send a message of QoS 2 again with the same id, over another connection.
+        let idempotent = message.qos == 2;
+        self.publish_as(message, idempotent, done);
     }
 
     /// As [`publish`](Self::publish), for a message with an id that another may publish too: it is accepted once.

@@ -26,6 +26,7 @@ impl Shard {
             topic: topic.clone(),
             after,
             target,
+            asked: 0,
             sent,
             is_reading: false,
             has_failed: false,
@@ -125,6 +126,7 @@ impl Shard {
                 return false;
             }
             behind.is_reading = true;
+            behind.asked = behind.target;
             let after = behind.after;
             self.link.metrics().log_reads.inc();
             self.link.read(id, topic.clone(), after, (room as u32).clamp(1, READ_LIMIT));
@@ -151,8 +153,9 @@ impl Shard {
                 let head = reply.head.as_ref().map_or(0, |head| head.seq);
                 behind.after = behind.after.max(reply.next);
                 if reply.messages.is_empty() && behind.after >= head {
-                    // The end of the log: what we were told of beyond it has been trimmed away.
-                    behind.after = behind.after.max(behind.target);
+                    // The end of the log: what we were told of beyond it has been trimmed away. What came by while it was
+                    // read may be newer than the answer.
+                    behind.after = behind.after.max(behind.asked);
                 } else {
                     behind.target = behind.target.max(head);
                 }

@@ -153,6 +153,8 @@ pub struct Behind {
     pub after: u64,
     /// seq up to which it must be read at least.
     pub target: u64,
+    /// That, when the read under way was begun.
+    pub asked: u64,
     /// Up to here messages have been sent before: DUP.
     pub sent: u64,
     pub is_reading: bool,

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use carillon_proto::{share, v1};
+use carillon_proto::{share, topic, v1};
 
 use super::Shard;
 use super::conn::{PendingEntry, Session, Target};
@@ -66,6 +66,16 @@ impl Shard {
         }
         let held = self.memberships.get(&index).into_iter().flatten();
         held.filter(|membership| membership.state != State::Leaving).count()
+    }
+
+    /// Those of them with a wildcard.
+    pub(super) fn wild_shares_of(&self, index: u32) -> usize {
+        if self.memberships.is_empty() {
+            return 0;
+        }
+        let held = self.memberships.get(&index).into_iter().flatten();
+        let is_wild = |membership: &&Membership| topic::is_wildcard(&membership.share);
+        held.filter(|membership| membership.state != State::Leaving).filter(is_wild).count()
     }
 
     pub(super) fn is_in_share(&self, index: u32, share: &str) -> bool {

@@ -102,10 +102,12 @@ impl Shard {
             return Err(Refused(reason::QUOTA_EXCEEDED));
         }
         if topic::is_wildcard(&full) {
-            let wild = conn.subs.iter().filter(|sub| self.topics.get(sub.topic).is_wild()).count();
+            let wild = conn.subs.iter().filter(|sub| self.topics.get(sub.topic).is_wild()).count()
+                + self.wild_shares_of(index);
             let more = wanted.iter().filter(|wanted| topic::is_wildcard(&wanted.filter)).count();
             if wild + more >= self.config.max_wildcard_subscriptions as usize
                 && self.subscription(conn, &full).is_none()
+                && !self.is_in_share(index, &full)
             {
                 return Err(Refused(reason::QUOTA_EXCEEDED));
             }

@@ -231,7 +231,12 @@ impl Home {
         let mut messages = Vec::with_capacity(TURN);
         loop {
             let pause = self.pause_until;
+            // A message on a topic that is new to the share says that all before it was seen. So after a gap, which is what a
+            // refresh is for, the cursors are asked for first.
+            let is_whole = !due_refresh && !self.is_refreshing && self.shared.is_routed(&self.filter);
             tokio::select! {
+                biased;
+                () = self.refresh.notified() => due_refresh = true,
                 count = self.commands.recv_many(&mut commands, TURN) => {
                     if count == 0 {
                         return End::Stopped;
@@ -242,17 +247,11 @@ impl Home {
                         }
                     }
                 }
-                _ = self.live.recv_many(&mut messages, TURN) => {
-                    for message in messages.drain(..) {
-                        self.share.offer(message);
-                    }
-                }
                 Some(answered) = self.asked.next() => {
                     if let Err(end) = self.answered(answered) {
                         return end;
                     }
                 }
-                () = self.refresh.notified() => due_refresh = true,
                 _ = refresh_at.tick() => due_refresh = true,
                 Ok(()) = slots.changed() => {
                     slots.borrow_and_update();
@@ -268,6 +267,11 @@ impl Home {
                     self.pause_until = None;
                 }
                 () = stop.cancelled() => return End::Stopped,
+                _ = self.live.recv_many(&mut messages, TURN), if is_whole => {
+                    for message in messages.drain(..) {
+                        self.share.offer(message);
+                    }
+                }
             }
             if due_refresh && !self.is_refreshing && self.pause_until.is_none() {
                 (due_refresh, self.is_refreshing) = (false, true);

@@ -91,12 +91,13 @@ async fn converse(
                                 look_at = Some(Instant::now() + NOT_OWNER_RETRY);
                                 continue;
                             }
-                            if announced.contains_key(filter) {
-                                shared.routed.add(filter, &instance.id, instance.incarnation);
-                            }
-                            // From now on nothing is missed; what came before is in the log.
+                            // From now on nothing is missed; what came before is in the log, which a share looks at before
+                            // it goes on.
                             for inlet in now.by_filter.get(filter).into_iter().flatten() {
                                 inlet.refresh.notify_one();
+                            }
+                            if announced.contains_key(filter) {
+                                shared.routed.add(filter, &instance.id, instance.incarnation);
                             }
                         }
                     }

@@ -132,7 +132,11 @@ impl Wills {
         if self.lost == 0 {
             return;
         }
-        self.held.retain(|_, held| held.lost_ms.is_none() || held.gateway.instance != gateway.instance);
+        // Of an earlier process of that name nothing can be announced any more: its wills are due.
+        let is_its = |held: &Held| {
+            held.gateway.instance == gateway.instance && held.gateway.incarnation == gateway.incarnation
+        };
+        self.held.retain(|_, held| held.lost_ms.is_none() || !is_its(held));
         self.lost = self.held.values().filter(|held| held.lost_ms.is_some()).count();
     }
 

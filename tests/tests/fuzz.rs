@@ -1,0 +1,31 @@
+//! Random sessions against a real process (`tests/python/session_fuzz.py`): whatever devices say and in whatever order, it
+//! goes on serving the others, and nothing in it panics.
+
+use carillon_tests::Server;
+use carillon_tests::tools::{python, succeed};
+
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/python/session_fuzz.py");
+
+/// How long; `CARILLON_FUZZ_SECONDS` for more.
+fn seconds() -> String {
+    std::env::var("CARILLON_FUZZ_SECONDS").unwrap_or_else(|_| "30".to_owned())
+}
+
+#[tokio::test]
+async fn nothing_that_devices_say_stops_the_gateway() {
+    let Some(python) = python() else { return };
+    let mut server = Server::start().await;
+    // Else this address would be refused for its bad tokens.
+    server.cli(&["config", "set", "gateway", "max_auth_failures=0"]).await;
+    // In force within a second of its arrival.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let mqtt = server.addresses().mqtt.to_string();
+    // Another seed each day, so that a run can be repeated and the runs differ.
+    let today = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+    let seed = (today.as_secs() / 86_400 * 1_000_000_000).to_string();
+    let mut command = tokio::process::Command::new(python);
+    command.args([SCRIPT, &mqtt, &seconds(), &seed]).kill_on_drop(true);
+    println!("seed {seed}: {}", succeed(command).await.trim());
+    assert!(server.stop(libc::SIGTERM).await.success());
+    assert!(!server.logs().contains("panicked"), "{}", server.logs());
+}
