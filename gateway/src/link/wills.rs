@@ -62,6 +62,21 @@ impl Link {
         self.inner.cancel_will(key, connection);
     }
 
+    /// The session has ended, without its device having come back. Its will goes on waiting, if it does.
+    pub fn session_ended(&self, key: u128, gone: v1::SessionChange) {
+        let mut gone = gone;
+        if let Some(waiting) = self.inner.wills.waiting.lock().get_mut(&key)
+            && waiting.change.connection == gone.connection
+        {
+            gone.will = waiting.change.will.take();
+            if let Some(will) = &mut gone.will {
+                will.delay_ms = waiting.due_ms.saturating_sub(now_ms());
+            }
+            waiting.change = gone.clone();
+        }
+        self.session_changed(gone);
+    }
+
     fn publish_now(&self, mut message: v1::Message) {
         message.published_ms = now_ms();
         // The owner of the inbox may come to publish it too.

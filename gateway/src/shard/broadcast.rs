@@ -40,6 +40,13 @@ impl Shard {
         let mut wild = SmallVec::new();
         self.topics.wild_matching(&delivery.topic, &mut wild);
         let exact = self.topics.find(&delivery.topic);
+        self.hold_for_parked(exact, &wild, &delivery);
+        if delivery.message.stored {
+            for &filter in &wild {
+                let message = &delivery.message;
+                self.topics.note_passed(filter, &delivery.topic, message.prev, message.seq);
+            }
+        }
         let receivers: Vec<(u32, u32)> = self
             .receivers(exact, &wild)
             .into_iter()

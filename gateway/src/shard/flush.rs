@@ -83,7 +83,14 @@ impl Shard {
             (conn.is_doomed, conn.is_deaf, conn.readable) = (false, true, true);
             conn.out = None;
             let generation = conn.generation;
-            self.resume(index);
+            // What is under way ends with it.
+            let pending = conn.session.as_mut().and_then(|session| session.pending.take());
+            if let Some(pending) = pending {
+                self.release_pending(&pending);
+            }
+            if self.conns[index as usize].session.as_ref().is_none_or(|session| session.opening.is_none()) {
+                self.resume(index);
+            }
             if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation) {
                 let is_slow = self.conns[index as usize].is_slow;
                 let why = if is_slow { close::Reason::SlowConsumer } else { close::Reason::Network };

@@ -115,7 +115,9 @@ impl Session {
 
     /// "This guest is online here", as a session of its own app.
     pub fn guest_online(&self, guest: &Guest, again: bool) -> v1::SessionChange {
-        v1::SessionChange { session: Some(self.who_ref(guest.who())), ..super::connect::online(self, again) }
+        let session = Some(self.who_ref(guest.who()));
+        // The will is the session's own.
+        v1::SessionChange { session, will: None, ..super::connect::online(self, again) }
     }
 }
 

@@ -5,7 +5,8 @@
 //! their routes stay. What is stored meanwhile is read from the log when the device is back, as by any subscription that
 //! is behind; what is not is held up to a bound, and QoS 0 is dropped. Nothing of this costs a connected device anything.
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use super::deliver::HELD_MAX;
 use super::publishing::Publishing;
 use super::timers::{Tick, ticks};
 use super::topics::{PASSED_MAX, Sub, TopicId};
+use crate::codec::QoS;
 use crate::delivery::Delivery;
 use crate::event::{ConnId, Event};
 
@@ -26,8 +28,8 @@ use crate::event::{ConnId, Event};
 #[derive(Default)]
 pub struct Parking {
     sessions: HashMap<ConnId, Box<Parked>>,
-    /// When each is given up, in order.
-    until: VecDeque<(Tick, ConnId)>,
+    /// When each is given up, the first on top: shard, index and generation of the connection it had.
+    until: BinaryHeap<Reverse<(Tick, u16, u32, u32)>>,
     by_topic: HashMap<TopicId, SmallVec<[ConnId; 1]>>,
 }
 
@@ -147,6 +149,7 @@ impl Shard {
                     && session.expiry_seconds > 0
                     && session.pending.is_none()
                     && session.unsubscribing.is_none()
+                    && !has_qos2_state(session)
             })
     }
 
@@ -179,22 +182,27 @@ impl Shard {
             inflight.flights.retain(|flight| flight.position.as_ref().is_none_or(|(topic, _)| is_own(topic)));
             left.session.inflight = Some(inflight);
         }
+        if let Some(mut waiting) = left.session.waiting.take() {
+            waiting.retain(|waiting| left.session.is_own(&waiting.delivery.topic));
+            left.session.waiting = Some(waiting);
+        }
         left.session.guests = None;
         left.take_stock();
         let window = self.config.resume_window_seconds.min(left.session.expiry_seconds);
         let until = self.now.saturating_add(ticks(Duration::from_secs(window.into())));
-        self.parking.until.push_back((until, id));
+        self.parking.until.push(Reverse((until, id.shard, id.index, id.generation)));
         self.parking.sessions.insert(id, Box::new(Parked { left, holds, why }));
         self.link.metrics().parked.inc();
     }
 
     /// Gives up those whose devices have not come back in time.
     pub(super) fn end_late_parked(&mut self) {
-        while let Some(&(until, id)) = self.parking.until.front() {
+        while let Some(&Reverse((until, shard, index, generation))) = self.parking.until.peek() {
             if until > self.now {
                 break;
             }
-            self.parking.until.pop_front();
+            self.parking.until.pop();
+            let id = ConnId { shard, index, generation };
             if self.end_parked(id, None) {
                 self.link.metrics().parked_ended.inc();
             }
@@ -223,11 +231,12 @@ impl Shard {
 
     fn give_up_parked(&self, mut session: Box<Session>, why: &Reason) {
         self.close_kept(&mut session);
-        self.link.session_changed(carillon_proto::v1::SessionChange {
+        let gone = carillon_proto::v1::SessionChange {
             online: false,
             reason: why.label().to_owned(),
             ..online(&session, false)
-        });
+        };
+        self.link.session_ended(session.key, gone);
     }
 
     /// Takes the session of this connection or of this parked one out, for a new connection of the same device.
@@ -244,8 +253,18 @@ impl Shard {
             |topic: TopicId, topics: &super::topics::Topics| topics.passed_len(topic) >= PASSED_MAX;
         let lost_count =
             self.parking.sessions.get(&from)?.holds.iter().any(|&topic| overflowed(topic, &self.topics));
-        if lost_count {
-            // More topics than could be remembered: the saver knows where the session is on each of them.
+        // On its way to another shard, what matches only a wildcard might pass between the two unseen.
+        let crosses = usize::from(to.shard) != self.index
+            && self
+                .parking
+                .sessions
+                .get(&from)?
+                .left
+                .subs
+                .iter()
+                .any(|(name, sub)| sub.options.qos > 0 && !is_exact(name));
+        if lost_count || crosses {
+            // Or more topics than could be remembered: the saver knows where the session is on each of them.
             self.end_parked(from, Some(Reason::TakenOver));
             return None;
         }
@@ -387,6 +406,15 @@ impl Shard {
     pub(super) fn ask_for(&self, from: ConnId, to: ConnId, clean: bool) {
         self.link.shard(from.shard.into()).post(Event::HandOver { from, to, clean });
     }
+}
+
+/// What is said once and must be heard by whichever gateway the device comes back to: through the saver alone.
+fn has_qos2_state(session: &Session) -> bool {
+    session.publishing.as_ref().is_some_and(|publishing| !publishing.state().is_empty())
+        || session
+            .inflight
+            .as_ref()
+            .is_some_and(|inflight| inflight.flights.iter().any(|flight| flight.qos == QoS::ExactlyOnce))
 }
 
 fn is_exact(name: &str) -> bool {

@@ -22,7 +22,8 @@ const READ_LIMIT: usize = 100;
 pub struct Resending {
     /// Read from the logs, and not sent yet.
     read: Vec<Arc<Delivery>>,
-    is_reading: bool,
+    /// A log is being read, after this seq.
+    reading_after: Option<u64>,
     /// The last read failed: try again in the next second.
     has_failed: bool,
 }
@@ -73,10 +74,11 @@ impl Shard {
                 self.send_again(index, at, &delivery);
                 continue;
             }
-            if resending.is_reading || resending.has_failed {
+            if resending.reading_after.is_some() || resending.has_failed {
                 return false;
             }
-            resending.is_reading = true;
+            let after = seq.saturating_sub(1);
+            resending.reading_after = Some(after);
             let more = |flight: &&super::inflight::Flight| {
                 flight.state == FlightState::Due
                     && flight.position.as_ref().is_some_and(|(name, _)| *name == topic)
@@ -84,7 +86,7 @@ impl Shard {
             let limit = inflight.flights.iter().filter(more).count().min(READ_LIMIT) as u32;
             let id = self.id(index);
             self.link.metrics().log_reads.inc();
-            self.link.read(id, topic, seq.saturating_sub(1), limit);
+            self.link.read(id, topic, after, limit);
             return false;
         }
     }
@@ -138,10 +140,8 @@ impl Shard {
         let id = self.id(index);
         let Some(session) = &mut self.conns[index as usize].session else { return false };
         let Some(inflight) = &mut session.inflight else { return false };
-        let Some(resending) = inflight.resending.as_mut().filter(|resending| resending.is_reading) else {
-            return false;
-        };
-        resending.is_reading = false;
+        let Some(resending) = inflight.resending.as_mut() else { return false };
+        let Some(after) = resending.reading_after.take() else { return false };
         let reply = match result {
             Ok(reply) => std::mem::take(reply),
             Err(error) => {
@@ -151,7 +151,7 @@ impl Shard {
                 return true;
             }
         };
-        let (mut gone, mut is_first) = (Vec::new(), true);
+        let mut gone = Vec::new();
         let mut messages = reply.messages;
         for flight in inflight.flights.iter().filter(|flight| flight.state == FlightState::Due) {
             let Some((_, seq)) = flight.position.as_ref().filter(|(name, _)| name == topic) else { continue };
@@ -160,11 +160,13 @@ impl Shard {
             }
             match messages.iter().position(|message| message.seq == *seq) {
                 Some(at) => resending.read.push(Arc::new(Delivery::new(messages.swap_remove(at)))),
-                // Trimmed, or expired. The first one was asked for, so its absence is certain however far the answer goes.
-                None if is_first || *seq <= reply.next => gone.push(flight.packet_id),
+                // Trimmed, or expired: it is among those that were asked for, and not among those that were found. The
+                // first of them is so however far the answer goes.
+                None if *seq == after + 1 || (*seq > after && *seq <= reply.next) => {
+                    gone.push(flight.packet_id)
+                }
                 None => {}
             }
-            is_first = false;
         }
         for packet_id in gone {
             self.give_up(index, packet_id);

@@ -150,6 +150,7 @@ impl Shard {
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         let packet_id = pending.packet_id;
+        debug_assert!(session.pending.is_none(), "nothing is read while one is under way");
         session.pending = Some(Box::new(pending));
         let kept = session.attachment.map(|attachment| (session.session_ref(), attachment));
         if wanted.is_empty() {
