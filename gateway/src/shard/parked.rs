@@ -253,18 +253,8 @@ impl Shard {
             |topic: TopicId, topics: &super::topics::Topics| topics.passed_len(topic) >= PASSED_MAX;
         let lost_count =
             self.parking.sessions.get(&from)?.holds.iter().any(|&topic| overflowed(topic, &self.topics));
-        // On its way to another shard, what matches only a wildcard might pass between the two unseen.
-        let crosses = usize::from(to.shard) != self.index
-            && self
-                .parking
-                .sessions
-                .get(&from)?
-                .left
-                .subs
-                .iter()
-                .any(|(name, sub)| sub.options.qos > 0 && !is_exact(name));
-        if lost_count || crosses {
-            // Or more topics than could be remembered: the saver knows where the session is on each of them.
+        if lost_count {
+            // More topics than could be remembered: the saver knows where the session is on each of them.
             self.end_parked(from, Some(Reason::TakenOver));
             return None;
         }
