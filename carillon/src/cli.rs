@@ -7,13 +7,14 @@ mod moves;
 mod push;
 mod status;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use carillon_agent::admin::AdminError;
 use carillon_client::{ApiError, Backend};
 use clap::CommandFactory;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::args::{ClientArgs, Command, DEFAULT_ENDPOINT, OutputFormat};
@@ -196,6 +197,23 @@ fn text(argument: String) -> Result<Vec<u8>, CliError> {
         text.pop();
     }
     Ok(text)
+}
+
+/// The progress of something with devices, for people who look; `ctrl_c`: what Ctrl-C does to it.
+fn bar(ctrl_c: &str) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let bar = ProgressBar::with_draw_target(Some(1), target);
+    let template = format!(
+        "{{bar:40.cyan/black.bright}} {{human_pos}}/{{human_len}} devices  {{per_sec}}  {{msg}}  (Ctrl-C {ctrl_c})"
+    );
+    match ProgressStyle::with_template(&template) {
+        Ok(style) => bar.with_style(style.progress_chars("━╸─")),
+        Err(_) => bar,
+    }
 }
 
 #[cfg(test)]

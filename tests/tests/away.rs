@@ -221,7 +221,8 @@ async fn a_session_goes_to_another_gateway_with_all_that_was_not_acked() {
         assert_eq!(text(&mut three).await, i.to_string());
     }
     assert_eq!(three.message(Duration::from_millis(300)).await, None);
-    // The lease of the dead one lapses: no news of alice, who is somewhere else.
+    // The lease of the dead one, 10 s, lapses, which is looked for each second: no news of alice, who is somewhere else.
+    // That nothing happens can only be seen by waiting beyond it.
     tokio::time::sleep(Duration::from_secs(13)).await;
     assert_eq!(presence(&cluster).await, 1.0);
     assert!(is_online(&cluster, "alice").await);

@@ -1,13 +1,11 @@
 //! `carillon broadcast`: starts one, shows how far it is, and lets Ctrl-C cancel it.
 
-use std::io::IsTerminal;
 use std::time::Duration;
 
 use carillon_client::Backend;
 use carillon_client::backend::{Broadcast, BroadcastAction, BroadcastRequest, BroadcastState};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{CliError, backend, print, text};
+use super::{CliError, backend, bar, print, text};
 use crate::args::BroadcastArgs;
 
 /// How often the progress is asked for.
@@ -36,7 +34,7 @@ pub async fn run(args: BroadcastArgs) -> Result<(), CliError> {
 
 /// Waits for the end. Ctrl-C cancels the broadcast; a second one leaves at once.
 async fn follow(backend: &Backend, mut job: Broadcast) -> Result<Broadcast, CliError> {
-    let bar = bar();
+    let bar = bar("cancels");
     let mut misses = 0;
     let mut cancelled = false;
     if bar.is_hidden() {
@@ -77,20 +75,5 @@ async fn follow(backend: &Backend, mut job: Broadcast) -> Result<Broadcast, CliE
                 return Err(error.into());
             }
         }
-    }
-}
-
-fn bar() -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let bar = ProgressBar::with_draw_target(Some(1), target);
-    let template =
-        "{bar:40.cyan/black.bright} {human_pos}/{human_len} devices  {per_sec}  {msg}  (Ctrl-C cancels)";
-    match ProgressStyle::with_template(template) {
-        Ok(style) => bar.with_style(style.progress_chars("━╸─")),
-        Err(_) => bar,
     }
 }

@@ -1,14 +1,13 @@
 //! `carillon drain` and `carillon rebalance`: begin it, show how far it is, and let Ctrl-C abort it.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::time::Duration;
 
 use carillon_agent::admin::Admin;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::config::admin;
-use super::{CliError, print};
+use super::{CliError, bar, print};
 use crate::args::{DrainArgs, KeeperClientArgs, RebalanceArgs};
 use crate::moves::{Moving, Status};
 
@@ -63,12 +62,14 @@ async fn begin(
     detach: bool,
     keeper: &KeeperClientArgs,
 ) -> Result<(), CliError> {
+    // From here on Ctrl-C is kept until it can be obeyed.
+    let mut interrupts = signal(SignalKind::interrupt())?;
     let begun = admin.command(instance, name, arguments, ANSWER_WITHIN).await?;
     if detach {
         return print(keeper.output, &begun, Clone::clone);
     }
     eprintln!("{begun}; Ctrl-C aborts it");
-    let status = follow(admin, instance).await?;
+    let status = follow(admin, instance, &mut interrupts).await?;
     let aborted = status.moving.as_ref().is_some_and(|moving| moving.aborted);
     print(keeper.output, &status, describe)?;
     if aborted { Err(CliError::Failed(format!("the {name} was aborted"))) } else { Ok(()) }
@@ -86,11 +87,11 @@ async fn status(admin: &Admin, instance: &str) -> Result<Status, CliError> {
 }
 
 /// Waits for the end. Ctrl-C aborts it; a second one leaves at once.
-async fn follow(admin: &Admin, instance: &str) -> Result<Status, CliError> {
-    let bar = bar();
+async fn follow(admin: &Admin, instance: &str, interrupts: &mut Signal) -> Result<Status, CliError> {
+    let bar = bar("aborts");
     let mut misses = 0;
     let mut aborting = false;
-    let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+    let left = || Err(CliError::Failed("left; it may still be running".to_owned()));
     loop {
         match status(admin, instance).await {
             Ok(status) => {
@@ -112,16 +113,20 @@ async fn follow(admin: &Admin, instance: &str) -> Result<Status, CliError> {
         }
         tokio::select! {
             () = tokio::time::sleep(POLL) => {}
-            result = &mut interrupted => {
-                result?;
+            _ = interrupts.recv() => {
                 if aborting {
                     bar.abandon();
-                    return Err(CliError::Failed("left; it may still be running".to_owned()));
+                    return left();
                 }
                 aborting = true;
-                interrupted.set(tokio::signal::ctrl_c());
                 bar.println("aborting; once more to leave at once");
-                admin.command(instance, "drain-abort", BTreeMap::new(), ANSWER_WITHIN).await?;
+                tokio::select! {
+                    said = admin.command(instance, "drain-abort", BTreeMap::new(), ANSWER_WITHIN) => drop(said?),
+                    _ = interrupts.recv() => {
+                        bar.abandon();
+                        return left();
+                    }
+                }
             }
         }
     }
@@ -153,19 +158,4 @@ fn describe(status: &Status) -> String {
         "{}; {} {state}: {} of {} devices moved, {} left",
         status.state, moving.kind, moving.moved, moving.total, moving.left
     )
-}
-
-fn bar() -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let bar = ProgressBar::with_draw_target(Some(1), target);
-    let template =
-        "{bar:40.cyan/black.bright} {human_pos}/{human_len} devices  {per_sec}  {msg}  (Ctrl-C aborts)";
-    match ProgressStyle::with_template(template) {
-        Ok(style) => bar.with_style(style.progress_chars("━╸─")),
-        Err(_) => bar,
-    }
 }

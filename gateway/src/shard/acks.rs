@@ -7,6 +7,7 @@ use carillon_proto::{topic, v1};
 use super::Shard;
 use super::conn;
 use super::inflight::{Flight, FlightState, Received};
+use super::timers::millis;
 use crate::codec::{self, Ack, QoS, reason};
 
 impl Shard {
@@ -58,11 +59,11 @@ impl Shard {
 
     /// PUBREL from the device: its packet identifier is free again.
     pub(super) fn pubrel(&mut self, index: u32, packet_id: u16) {
+        let now = self.now;
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
-        let now_ms = f64::from(self.now) * super::TICK.as_millis() as f64;
         let is_known = session.publishing.as_mut().is_some_and(|publishing| publishing.released(packet_id));
-        if session.publishing.as_ref().is_some_and(|publishing| publishing.is_idle(now_ms)) {
+        if session.publishing.as_ref().is_some_and(|publishing| publishing.is_idle(millis(now))) {
             session.publishing = None;
         }
         // MQTT 3.1.1 does not tell the two apart.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::timers::{Entry, Tick, ticks};
+use super::timers::{Entry, Tick, millis, ticks};
 use super::{Shard, close};
 
 impl Shard {
@@ -45,11 +45,10 @@ impl Shard {
             }
             soonest(deadline, true);
         }
-        if let Some(session) = &mut conn.session {
-            let now_ms = f64::from(now) * super::TICK.as_millis() as f64;
-            if session.publishing.as_ref().is_some_and(|publishing| publishing.is_idle(now_ms)) {
-                session.publishing = None;
-            }
+        if let Some(session) = &mut conn.session
+            && session.publishing.as_ref().is_some_and(|publishing| publishing.is_idle(millis(now)))
+        {
+            session.publishing = None;
         }
         if let Some(session) = &conn.session
             && session.expires != 0

@@ -138,18 +138,11 @@ impl Inflight {
         (sent, in_flight)
     }
 
-    /// As its next connection in this gateway goes on with it. None: nothing.
+    /// As its next connection in this gateway goes on with it: what is in a log is sent again, the rest is done with. Not
+    /// with QoS 2 among it, which has more to remember. None: nothing.
     pub fn resumed(mut self) -> Option<Inflight> {
-        for flight in &mut self.flights {
-            flight.state = match flight.state {
-                FlightState::Sent | FlightState::Due if flight.position.is_some() => FlightState::Due,
-                // In no log, thus it cannot be sent again; a PUBREL sets its identifier free on both sides.
-                FlightState::Sent | FlightState::Due if flight.qos == QoS::ExactlyOnce => {
-                    FlightState::Released
-                }
-                FlightState::Sent | FlightState::Due => FlightState::Done,
-                state => state,
-            };
+        for flight in self.flights.iter_mut().filter(|flight| flight.state != FlightState::Done) {
+            flight.state = if flight.position.is_some() { FlightState::Due } else { FlightState::Done };
         }
         let has_due = self.flights.iter().any(|flight| flight.state == FlightState::Due);
         self.resending = has_due.then(Box::default);
@@ -219,6 +212,19 @@ mod tests {
         assert!(!some.acked(1), "it is finished");
         assert!(some.acked(3));
         assert_eq!((settled(&mut some), some.flights.len()), (vec![7], 0));
+    }
+
+    #[test]
+    fn what_is_in_no_log_does_not_fill_the_window_of_the_next_connection() {
+        let some = inflight([flight(1, Q1, Sent, 0), flight(2, Q1, Sent, 6), flight(3, Q1, Sent, 0)]);
+        let mut next = some.resumed().unwrap();
+        assert!(settled(&mut next).is_empty());
+        let left: Vec<_> = next.flights.iter().map(|flight| (flight.packet_id, flight.state)).collect();
+        assert_eq!(left, [(2, Due), (3, Done)]);
+        assert!(next.resending.is_some());
+        let mut next = inflight([flight(1, Q1, Sent, 0)]).resumed().unwrap();
+        assert!(next.resending.is_none());
+        assert!(settled(&mut next).is_empty() && next.flights.is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use carillon_agent::app::AppLimits;
 
 use super::Shard;
-use super::timers::ticks;
+use super::timers::{millis, ticks};
 use crate::config::GatewayConfig;
 
 /// When a device's publishes so far would have been due at its rate, messages and bytes apart; milliseconds since the
@@ -62,7 +62,7 @@ impl Pace {
 impl Shard {
     /// Counts a PUBLISH of the device against its rates.
     pub(super) fn pace(&mut self, index: u32, bytes: usize, rates: Rates) {
-        let now_ms = f64::from(self.now) * super::TICK.as_millis() as f64;
+        let now_ms = millis(self.now);
         let Some(conn) = self.conns.get_mut(index as usize) else { return };
         let Some(publishing) = conn.session.as_mut().and_then(|session| session.publishing.as_mut()) else {
             return;

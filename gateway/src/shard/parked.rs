@@ -17,7 +17,6 @@ use super::close::Reason;
 use super::conn::{Conn, Phase, Session, Waiting};
 use super::connect::online;
 use super::deliver::HELD_MAX;
-use super::publishing::Publishing;
 use super::timers::{Tick, ticks};
 use super::topics::{PASSED_MAX, Sub, TopicId};
 use crate::codec::QoS;
@@ -339,15 +338,12 @@ impl Shard {
         session.waiting = before.waiting.take();
         session.next_packet_id = before.next_packet_id;
         session.inflight = before.inflight.take().and_then(|inflight| inflight.resumed()).map(Box::new);
-        session.publishing = before
-            .publishing
-            .take()
-            .and_then(|publishing| Publishing::restored(publishing.state()))
-            .map(Box::new);
         if let Some(opening) = &mut session.opening {
             opening.session_present = true;
         }
         self.link.metrics().resumed.inc();
+        // What cannot be sent again is done with, and must not fill the window.
+        self.settle_front(index);
         self.accept_connect(index);
         let Some(index) = self.find(id) else { return };
         for (name, sub) in subs.iter().filter(|(name, sub)| sub.options.qos > 0 && is_exact(name)) {

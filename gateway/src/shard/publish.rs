@@ -7,6 +7,7 @@ use super::Shard;
 use super::close::Reason;
 use super::pace::Rates;
 use super::publishing::PendingPublish;
+use super::timers::millis;
 use crate::auth;
 use crate::codec::{self, Publish, PublishProperties, QoS, Version, reason};
 use crate::event::{ConnId, Event, PublishOutcome};
@@ -193,7 +194,7 @@ impl Shard {
         if publishing.queue.is_empty() && publishing.queue.capacity() > 64 {
             publishing.queue.shrink_to_fit();
         }
-        if publishing.is_idle(f64::from(self.now) * super::TICK.as_millis() as f64) {
+        if publishing.is_idle(millis(self.now)) {
             session.publishing = None;
         }
         if !self.scratch.is_empty() {

@@ -33,6 +33,11 @@ pub fn ticks(duration: Duration) -> Tick {
     Tick::try_from(duration.as_millis().div_ceil(TICK.as_millis())).unwrap_or(Tick::MAX)
 }
 
+/// Milliseconds since the shard began.
+pub fn millis(tick: Tick) -> f64 {
+    f64::from(tick) * TICK.as_millis() as f64
+}
+
 impl Timers {
     pub fn new(started: Instant) -> Self {
         Timers { started, now: 0, slots: (0..SLOTS).map(|_| Vec::new()).collect(), len: 0 }
