@@ -2,7 +2,7 @@
 
 #[path = "registry_cluster/broadcasts.rs"]
 mod broadcasts;
-#[path = "registry_cluster/harness.rs"]
+#[path = "harness/cluster.rs"]
 mod harness;
 #[path = "registry_cluster/presence.rs"]
 mod presence;

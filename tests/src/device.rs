@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
 use crate::cluster::Dispatcher;
-use crate::mqtt::{packet, string};
+use crate::mqtt::{self, Connect, Publish};
 
 /// A will: topic, payload, delay in seconds (5.0 only).
 #[derive(Debug, Clone)]
@@ -49,44 +49,21 @@ impl Options {
     }
 
     fn connect(&self) -> Vec<u8> {
-        let mut flags = u8::from(self.clean) << 1;
-        if self.will.is_some() {
-            flags |= 0x04 | 0x08;
-        }
-        let mut body = string("MQTT");
-        body.extend_from_slice(&[self.version, flags]);
-        body.extend_from_slice(&self.keep_alive.to_be_bytes());
-        if self.version == 5 {
-            body.extend_from_slice(&[5, 0x11]);
-            body.extend_from_slice(&self.expiry_seconds.to_be_bytes());
-        }
-        body.extend_from_slice(&string(&self.client_id));
+        let connect =
+            Connect::new(self.version, &self.client_id).with(0x11, &self.expiry_seconds.to_be_bytes());
+        let mut connect = Connect { clean: self.clean, keep_alive: self.keep_alive, ..connect };
         if let Some(will) = &self.will {
-            if self.version == 5 {
-                body.extend_from_slice(&[5, 0x18]);
-                body.extend_from_slice(&will.delay_seconds.to_be_bytes());
-            }
-            body.extend_from_slice(&string(&will.topic));
-            body.extend_from_slice(&string(&will.payload));
+            connect.will = Some((1, false, will.topic.clone(), will.payload.clone().into_bytes()));
+            connect.will_properties = [&[0x18][..], &will.delay_seconds.to_be_bytes()].concat();
         }
-        packet(0x10, &body)
+        connect.bytes()
     }
-}
-
-/// A message that came.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Received {
-    pub topic: String,
-    pub payload: String,
-    pub qos: u8,
-    pub dup: bool,
-    pub packet_id: u16,
 }
 
 /// What came from the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet {
-    Publish(Received),
+    Publish(Publish),
     /// Reason code and Server Reference; None: the connection ended without a word.
     End(Option<(u8, Option<String>)>),
     Other(u8, Vec<u8>),
@@ -120,13 +97,13 @@ impl Device {
             next_id: 0,
         };
         device.write(&options.connect()).await?;
-        let (first, body) = device.packet().await?;
+        let (first, body) = mqtt::read_packet(&mut device.stream).await?;
         if first != 0x20 || body.len() < 2 {
             return Err(io::Error::other(format!("no CONNACK but {first:02x} {body:02x?}")));
         }
         device.session_present = body[0] & 1 == 1;
         if body[1] != 0 {
-            let reference = (options.version == 5).then(|| property(&body[2..], 0x1C)).flatten();
+            let reference = (options.version == 5).then(|| reference(&body[2..])).flatten();
             return Ok(Err(Refused { code: body[1], reference }));
         }
         Ok(Ok(device))
@@ -139,9 +116,9 @@ impl Device {
     }
 
     /// Subscribes with QoS 1 and waits for the SUBACK; what is published before it comes is given too.
-    pub async fn subscribe(&mut self, filter: &str, qos: u8) -> io::Result<Vec<Received>> {
+    pub async fn subscribe(&mut self, filter: &str, qos: u8) -> io::Result<Vec<Publish>> {
         self.next_id += 1;
-        let subscribe = crate::mqtt::subscribe(self.version, self.next_id, filter, qos);
+        let subscribe = mqtt::subscribe(self.version, self.next_id, filter, qos);
         self.write(&subscribe).await?;
         let mut early = Vec::new();
         loop {
@@ -166,7 +143,7 @@ impl Device {
     }
 
     pub async fn publish(&mut self, topic: &str, payload: &str, packet_id: Option<u16>) -> io::Result<()> {
-        let publish = crate::mqtt::publish(self.version, topic, payload.as_bytes(), packet_id);
+        let publish = mqtt::publish(self.version, topic, payload.as_bytes(), packet_id);
         self.write(&publish).await
     }
 
@@ -177,22 +154,22 @@ impl Device {
 
     /// The next packet. An end by the server is no error.
     pub async fn next(&mut self) -> io::Result<Packet> {
-        let (first, body) = match self.packet().await {
+        let (first, body) = match mqtt::read_packet(&mut self.stream).await {
             Ok(packet) => packet,
             Err(_) => return Ok(Packet::End(None)),
         };
         Ok(match first >> 4 {
-            3 => Packet::Publish(self.received(first, &body)?),
+            3 => Packet::Publish(Publish::parse(self.version, first, &body)),
             14 => {
                 let code = body.first().copied().unwrap_or(0);
-                Packet::End(Some((code, body.get(1..).and_then(|rest| property(rest, 0x1C)))))
+                Packet::End(Some((code, body.get(1..).filter(|rest| !rest.is_empty()).and_then(reference))))
             }
             _ => Packet::Other(first, body),
         })
     }
 
     /// The next message, within a time; None: nothing came.
-    pub async fn message(&mut self, within: Duration) -> Option<Received> {
+    pub async fn message(&mut self, within: Duration) -> Option<Publish> {
         let until = tokio::time::Instant::now() + within;
         loop {
             match tokio::time::timeout_at(until, self.next()).await {
@@ -205,90 +182,16 @@ impl Device {
         }
     }
 
-    fn received(&self, first: u8, body: &[u8]) -> io::Result<Received> {
-        let short = || io::Error::other("a PUBLISH that is too short");
-        let length = usize::from(u16::from_be_bytes([
-            *body.first().ok_or_else(short)?,
-            *body.get(1).ok_or_else(short)?,
-        ]));
-        let topic = String::from_utf8_lossy(body.get(2..2 + length).ok_or_else(short)?).into_owned();
-        let mut at = 2 + length;
-        let qos = first >> 1 & 3;
-        let mut packet_id = 0;
-        if qos > 0 {
-            packet_id = u16::from_be_bytes([body[at], body[at + 1]]);
-            at += 2;
-        }
-        if self.version == 5 {
-            let (properties, used) = varint(&body[at..]);
-            at += used + properties;
-        }
-        let payload = String::from_utf8_lossy(body.get(at..).ok_or_else(short)?).into_owned();
-        Ok(Received { topic, payload, qos, dup: first & 8 != 0, packet_id })
-    }
-
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.get_mut().write_all(bytes).await
     }
-
-    async fn packet(&mut self) -> io::Result<(u8, Vec<u8>)> {
-        let first = self.stream.read_u8().await?;
-        let (mut length, mut shift) = (0_usize, 0);
-        loop {
-            let byte = self.stream.read_u8().await?;
-            length |= usize::from(byte & 0x7F) << shift;
-            shift += 7;
-            if byte & 0x80 == 0 {
-                break;
-            }
-        }
-        let mut body = vec![0; length];
-        self.stream.read_exact(&mut body).await?;
-        Ok((first, body))
-    }
 }
 
-fn varint(bytes: &[u8]) -> (usize, usize) {
-    let (mut value, mut used) = (0, 0);
-    for &byte in bytes {
-        value |= usize::from(byte & 0x7F) << (7 * used);
-        used += 1;
-        if byte & 0x80 == 0 {
-            break;
-        }
-    }
-    (value, used)
-}
-
-/// The text of a property (MQTT 5.0 §2.2.2), of those that a CONNACK or DISCONNECT can have.
-fn property(bytes: &[u8], wanted: u8) -> Option<String> {
-    let (length, used) = varint(bytes);
-    let mut rest = bytes.get(used..used + length)?;
-    let text = |rest: &[u8]| -> Option<(String, usize)> {
-        let length = usize::from(u16::from_be_bytes([*rest.first()?, *rest.get(1)?]));
-        Some((String::from_utf8_lossy(rest.get(2..2 + length)?).into_owned(), 2 + length))
-    };
-    while let Some((&id, after)) = rest.split_first() {
-        let skip = match id {
-            0x24 | 0x25 | 0x28..=0x2A => 1,
-            0x13 | 0x21 | 0x22 => 2,
-            0x11 | 0x27 => 4,
-            0x12 | 0x15 | 0x1A | 0x1C | 0x1F => {
-                let (value, used) = text(after)?;
-                if id == wanted {
-                    return Some(value);
-                }
-                used
-            }
-            0x26 => {
-                let (_, key) = text(after)?;
-                key + text(&after[key..])?.1
-            }
-            other => panic!("a property {other:#04x}"),
-        };
-        rest = &after[skip..];
-    }
-    None
+/// The Server Reference among the properties of a CONNACK or DISCONNECT.
+fn reference(mut properties: &[u8]) -> Option<String> {
+    let properties = mqtt::take_properties(&mut properties);
+    let mut value = mqtt::property(&properties, 0x1C)?;
+    Some(String::from_utf8_lossy(&mqtt::take_string(&mut value)).into_owned())
 }
 
 /// What has happened to a roaming device.
@@ -376,7 +279,7 @@ async fn stay(
     loop {
         match device.next().await {
             Ok(Packet::Publish(received)) => {
-                let (id, is_new) = (received.packet_id, journey.lock().received.insert(received.payload));
+                let (id, is_new) = (received.id, journey.lock().received.insert(received.payload));
                 journey.lock().again += usize::from(!is_new);
                 if received.qos > 0 {
                     let _ = device.ack(id).await;

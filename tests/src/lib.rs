@@ -7,7 +7,6 @@ pub mod certificates;
 pub mod cluster;
 pub mod device;
 pub mod fleet;
-pub mod hubs;
 pub mod mqtt;
 pub mod server;
 pub mod swarm;

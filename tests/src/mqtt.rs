@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// A TCP connection that speaks whatever bytes it is given.
@@ -72,28 +72,29 @@ impl Raw {
     }
 
     pub async fn answer_within(&mut self, time: Duration) -> Answer {
-        match tokio::time::timeout(time, self.packet()).await {
+        match tokio::time::timeout(time, read_packet(&mut self.stream)).await {
             Ok(Ok((first, body))) => Answer::Packet(first, body),
             Ok(Err(_)) => Answer::Closed,
             Err(_) => Answer::Silence,
         }
     }
+}
 
-    async fn packet(&mut self) -> io::Result<(u8, Vec<u8>)> {
-        let first = self.stream.read_u8().await?;
-        let (mut length, mut shift) = (0_usize, 0);
-        loop {
-            let byte = self.stream.read_u8().await?;
-            length |= usize::from(byte & 0x7F) << shift;
-            shift += 7;
-            if byte & 0x80 == 0 {
-                break;
-            }
+/// The next packet: its first byte and its body.
+pub async fn read_packet(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<(u8, Vec<u8>)> {
+    let first = stream.read_u8().await?;
+    let (mut length, mut shift) = (0_usize, 0);
+    loop {
+        let byte = stream.read_u8().await?;
+        length |= usize::from(byte & 0x7F) << shift;
+        shift += 7;
+        if byte & 0x80 == 0 {
+            break;
         }
-        let mut body = vec![0; length];
-        self.stream.read_exact(&mut body).await?;
-        Ok((first, body))
     }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    Ok((first, body))
 }
 
 /// A packet of a first byte and a body.
@@ -121,14 +122,7 @@ pub fn string(text: &str) -> Vec<u8> {
 
 /// CONNECT with a clean start and nothing else; version 4 (3.1.1) or 5.
 pub fn connect(version: u8, client_id: &str, keep_alive: u16) -> Vec<u8> {
-    let mut body = string("MQTT");
-    body.extend_from_slice(&[version, 0x02]);
-    body.extend_from_slice(&keep_alive.to_be_bytes());
-    if version == 5 {
-        body.push(0);
-    }
-    body.extend_from_slice(&string(client_id));
-    packet(0x10, &body)
+    Connect { keep_alive, ..Connect::new(version, client_id) }.bytes()
 }
 
 /// PUBLISH of version 4 (3.1.1) or 5, without properties.
@@ -171,15 +165,8 @@ pub fn connect_with_token(version: u8, client_id: &str, token: &str) -> Vec<u8> 
 
 /// SUBSCRIBE of version 5 with a user property `token`.
 pub fn subscribe_with_token(packet_id: u16, filter: &str, options: u8, token: &str) -> Vec<u8> {
-    let property = [&[0x26][..], &string("token"), &string(token)].concat();
-    let mut length = property.len();
     let mut body = packet_id.to_be_bytes().to_vec();
-    while length >= 0x80 {
-        body.push((length & 0x7F) as u8 | 0x80);
-        length >>= 7;
-    }
-    body.push(length as u8);
-    body.extend_from_slice(&property);
+    body.extend(with_length(&[&[0x26][..], &string("token"), &string(token)].concat()));
     body.extend_from_slice(&string(filter));
     body.push(options);
     packet(0x82, &body)
@@ -194,14 +181,17 @@ pub struct Connect {
     pub keep_alive: u16,
     /// Property block of version 5, without its length.
     pub properties: Vec<u8>,
-    /// Will: QoS, retain, topic, payload. Without properties.
+    /// Will: QoS, retain, topic, payload.
     pub will: Option<(u8, bool, String, Vec<u8>)>,
+    /// Its property block of version 5, without its length.
+    pub will_properties: Vec<u8>,
 }
 
 impl Connect {
     pub fn new(version: u8, client_id: &str) -> Connect {
         let client_id = client_id.to_owned();
-        Connect { version, client_id, clean: true, keep_alive: 60, properties: Vec::new(), will: None }
+        let (properties, will_properties) = (Vec::new(), Vec::new());
+        Connect { version, client_id, clean: true, keep_alive: 60, properties, will: None, will_properties }
     }
 
     /// A session that outlives the connection: clean session 0, or an expiry of an hour.
@@ -230,7 +220,7 @@ impl Connect {
         body.extend(string(&self.client_id));
         if let Some((_, _, topic, payload)) = &self.will {
             if self.version == 5 {
-                body.push(0);
+                body.extend(with_length(&self.will_properties));
             }
             body.extend(string(topic));
             body.extend((payload.len() as u16).to_be_bytes());
@@ -291,31 +281,13 @@ impl Publish {
         let topic = String::from_utf8(take_string(&mut rest)).expect("a topic of UTF-8");
         let qos = first >> 1 & 3;
         let id = if qos > 0 { u16::from_be_bytes(take(&mut rest, 2).try_into().unwrap()) } else { 0 };
-        let mut properties = Vec::new();
-        if version == 5 {
-            let length = take_varint(&mut rest);
-            let mut block = take(&mut rest, length);
-            while !block.is_empty() {
-                let property = take(&mut block, 1)[0];
-                let before = block;
-                match property {
-                    0x01 => drop(take(&mut block, 1)),
-                    0x02 => drop(take(&mut block, 4)),
-                    0x23 => drop(take(&mut block, 2)),
-                    0x0b => drop(take_varint(&mut block)),
-                    0x03 | 0x08 | 0x09 => drop(take_string(&mut block)),
-                    0x26 => drop((take_string(&mut block), take_string(&mut block))),
-                    other => panic!("property {other:02x} in a PUBLISH"),
-                }
-                properties.push((property, before[..before.len() - block.len()].to_vec()));
-            }
-        }
+        let properties = if version == 5 { take_properties(&mut rest) } else { Vec::new() };
         let payload = String::from_utf8_lossy(rest).into_owned();
         Publish { dup: first & 8 != 0, qos, retain: first & 1 != 0, topic, id, properties, payload }
     }
 
     pub fn property(&self, id: u8) -> Option<&[u8]> {
-        self.properties.iter().find(|(property, _)| *property == id).map(|(_, value)| &value[..])
+        property(&self.properties, id)
     }
 }
 
@@ -329,7 +301,7 @@ fn take<'a>(bytes: &mut &'a [u8], count: usize) -> &'a [u8] {
     head
 }
 
-fn take_string(bytes: &mut &[u8]) -> Vec<u8> {
+pub fn take_string(bytes: &mut &[u8]) -> Vec<u8> {
     let length = u16::from_be_bytes(take(bytes, 2).try_into().unwrap());
     take(bytes, length.into()).to_vec()
 }
@@ -344,6 +316,33 @@ fn take_varint(bytes: &mut &[u8]) -> usize {
             return value;
         }
     }
+}
+
+/// A property block of version 5 with its length (MQTT 5.0 §2.2.2): identifiers and values.
+pub fn take_properties(bytes: &mut &[u8]) -> Vec<(u8, Vec<u8>)> {
+    let length = take_varint(bytes);
+    let mut block = take(bytes, length);
+    let mut properties = Vec::new();
+    while !block.is_empty() {
+        let property = take(&mut block, 1)[0];
+        let before = block;
+        match property {
+            0x01 | 0x17 | 0x19 | 0x24 | 0x25 | 0x28..=0x2A => drop(take(&mut block, 1)),
+            0x13 | 0x21..=0x23 => drop(take(&mut block, 2)),
+            0x02 | 0x11 | 0x18 | 0x27 => drop(take(&mut block, 4)),
+            0x0B => drop(take_varint(&mut block)),
+            0x03 | 0x08 | 0x09 | 0x12 | 0x15 | 0x16 | 0x1A | 0x1C | 0x1F => drop(take_string(&mut block)),
+            0x26 => drop((take_string(&mut block), take_string(&mut block))),
+            other => panic!("there is no property {other:02x}"),
+        }
+        properties.push((property, before[..before.len() - block.len()].to_vec()));
+    }
+    properties
+}
+
+/// The value of the first property with this identifier.
+pub fn property(properties: &[(u8, Vec<u8>)], id: u8) -> Option<&[u8]> {
+    properties.iter().find(|(property, _)| *property == id).map(|(_, value)| &value[..])
 }
 
 /// A raw connection of a device, packet by packet.

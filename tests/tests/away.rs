@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use carillon_tests::cluster::Cluster;
-use carillon_tests::device::{Device, Options, Packet, Received, Will};
+use carillon_tests::device::{Device, Options, Packet, Will};
+use carillon_tests::mqtt::Publish;
 use carillon_tests::{PATIENCE, eventually};
 use serde_json::json;
 
@@ -29,7 +30,7 @@ async fn subscribed(server: SocketAddr, options: &Options, filter: &str) -> Devi
 async fn text(device: &mut Device) -> String {
     let received = device.message(PATIENCE).await.expect("a message");
     if received.qos > 0 {
-        device.ack(received.packet_id).await.expect("a connection");
+        device.ack(received.id).await.expect("a connection");
     }
     received.payload
 }
@@ -112,7 +113,7 @@ async fn what_was_not_acked_comes_again_with_dup_and_in_order() {
         let received = device.message(SOON).await.expect("a message");
         assert_eq!((received.payload.as_str(), received.dup), (i.to_string().as_str(), false));
         if i < 2 {
-            device.ack(received.packet_id).await.expect("a connection");
+            device.ack(received.id).await.expect("a connection");
         }
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -123,7 +124,7 @@ async fn what_was_not_acked_comes_again_with_dup_and_in_order() {
     for _ in 0..2 {
         let mut device = Device::connected(server, &options).await;
         assert!(device.session_present);
-        let mut got: Vec<Received> = Vec::new();
+        let mut got: Vec<Publish> = Vec::new();
         for _ in 2..7 {
             got.push(device.message(SOON).await.expect("a message"));
         }
@@ -197,7 +198,7 @@ async fn a_session_goes_to_another_gateway_with_all_that_was_not_acked() {
     for i in 0..5 {
         let received = one.message(SOON).await.expect("a message");
         if i < 2 {
-            one.ack(received.packet_id).await.expect("a connection");
+            one.ack(received.id).await.expect("a connection");
         }
     }
     // Acks reach the saver within milliseconds.

@@ -337,7 +337,7 @@ async fn who_has_something_under_way_gets_time_to_end_it() {
         if name != "idle" {
             cluster.push(name, "hello").await;
             let message = device.message(Duration::from_secs(5)).await.expect("a message");
-            devices.push((device, message.packet_id));
+            devices.push((device, message.id));
         } else {
             devices.push((device, 0));
         }

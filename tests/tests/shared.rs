@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use carillon_tests::hubs::Cluster;
-use carillon_tests::mqtt::{self, Answer, Raw};
+use carillon_tests::cluster::Cluster;
+use carillon_tests::mqtt::{self, Answer, Connect, Device, Raw};
 use carillon_tests::tools::{Running, find, mosquitto};
 use carillon_tests::{Server, eventually};
 use tokio::sync::mpsc;
@@ -123,8 +123,8 @@ async fn each_message_goes_to_one_member_over_all_gateways_and_versions() {
     if find("mosquitto_sub").is_none() {
         return;
     }
-    let cluster = Cluster::start(2).await;
-    let (a, b) = (cluster.mqtt(0), cluster.mqtt(1));
+    let cluster = Cluster::start(2, "").await;
+    let (a, b) = (cluster.gateways[0].mqtt, cluster.gateways[1].mqtt);
     let (to, mut members) = mpsc::unbounded_channel();
     let (to_other, mut other) = mpsc::unbounded_channel();
     let (to_plain, mut plain) = mpsc::unbounded_channel();
@@ -176,11 +176,11 @@ async fn what_a_killed_member_had_not_acknowledged_goes_to_another() {
     if find("mosquitto_sub").is_none() {
         return;
     }
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, "").await;
     let (to, mut received) = mpsc::unbounded_channel();
     let arguments = ["-t", "$share/g/jobs", "-q", "1"];
-    let victim = Subscriber::start("victim", cluster.mqtt(1), "5", &arguments, &to).await;
-    let _heir = Subscriber::start("heir", cluster.mqtt(0), "311", &arguments, &to).await;
+    let victim = Subscriber::start("victim", cluster.gateways[1].mqtt, "5", &arguments, &to).await;
+    let _heir = Subscriber::start("heir", cluster.gateways[0].mqtt, "311", &arguments, &to).await;
     publish(&cluster, "jobs", numbered(0..10)).await;
     let all = collect(&mut received, numbered(0..10)).await;
     assert_eq!(by_name(&all), BTreeMap::from([("heir", 5), ("victim", 5)]));
@@ -210,21 +210,21 @@ async fn a_gateway_that_is_killed_takes_no_message_with_it() {
     if find("mosquitto_sub").is_none() {
         return;
     }
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::start(3, "").await;
     let (to, mut received) = mpsc::unbounded_channel();
     let arguments = ["-t", "$share/g/jobs/+", "-q", "1"];
     let victims = [
-        Subscriber::start("v5", cluster.mqtt(1), "5", &arguments, &to).await,
-        Subscriber::start("v3", cluster.mqtt(1), "311", &arguments, &to).await,
+        Subscriber::start("v5", cluster.gateways[1].mqtt, "5", &arguments, &to).await,
+        Subscriber::start("v3", cluster.gateways[1].mqtt, "311", &arguments, &to).await,
     ];
     let _rest = [
-        Subscriber::start("r5", cluster.mqtt(0), "5", &arguments, &to).await,
-        Subscriber::start("r3", cluster.mqtt(2), "311", &arguments, &to).await,
+        Subscriber::start("r5", cluster.gateways[0].mqtt, "5", &arguments, &to).await,
+        Subscriber::start("r3", cluster.gateways[2].mqtt, "311", &arguments, &to).await,
     ];
     // The victims take nothing in: what is on its way to them dies with their gateway.
     victims.iter().for_each(|victim| victim.signal(libc::SIGSTOP));
     publish(&cluster, "jobs/1", numbered(0..40)).await;
-    cluster.kill_gateway(1).await;
+    cluster.gateways[1].kill().await;
     victims.iter().for_each(Subscriber::kill);
     publish(&cluster, "jobs/1", numbered(40..80)).await;
     let all = collect(&mut received, numbered(0..80)).await;
@@ -238,7 +238,7 @@ async fn while_all_members_are_away_messages_wait_for_the_first_that_returns() {
     if find("mosquitto_sub").is_none() {
         return;
     }
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, "").await;
     for (version, keep, filter) in
         [("5", &["-c", "-x", "3600"][..], "$share/g/kept5/#"), ("311", &["-c"], "$share/g/kept3/x")]
     {
@@ -246,8 +246,8 @@ async fn while_all_members_are_away_messages_wait_for_the_first_that_returns() {
         let arguments = [&["-t", filter, "-q", "1"], keep].concat();
         let (to, mut received) = mpsc::unbounded_channel();
         let (one, two) = (format!("one{version}"), format!("two{version}"));
-        let first = Subscriber::start(&one, cluster.mqtt(0), version, &arguments, &to).await;
-        let second = Subscriber::start(&two, cluster.mqtt(1), version, &arguments, &to).await;
+        let first = Subscriber::start(&one, cluster.gateways[0].mqtt, version, &arguments, &to).await;
+        let second = Subscriber::start(&two, cluster.gateways[1].mqtt, version, &arguments, &to).await;
         publish(&cluster, topic, numbered(0..10)).await;
         each_once(&collect(&mut received, numbered(0..10)).await, 10);
         first.kill();
@@ -255,11 +255,12 @@ async fn while_all_members_are_away_messages_wait_for_the_first_that_returns() {
         tokio::time::sleep(MOMENT).await;
         publish(&cluster, topic, numbered(10..30)).await;
         // On the other gateway.
-        let again = Subscriber::start(&one, cluster.mqtt(1), version, &arguments, &to).await;
+        let again = Subscriber::start(&one, cluster.gateways[1].mqtt, version, &arguments, &to).await;
         each_once(&collect(&mut received, numbered(10..30)).await, 20);
         again.kill();
         // A member that keeps nothing comes and goes: the share is kept for the others all the same.
-        let guest = Subscriber::start("guest", cluster.mqtt(1), "5", &["-t", filter, "-q", "1"], &to).await;
+        let guest =
+            Subscriber::start("guest", cluster.gateways[1].mqtt, "5", &["-t", filter, "-q", "1"], &to).await;
         publish(&cluster, topic, numbered(30..40)).await;
         each_once(&collect(&mut received, numbered(30..40)).await, 10);
         guest.signal(libc::SIGSTOP);
@@ -267,7 +268,7 @@ async fn while_all_members_are_away_messages_wait_for_the_first_that_returns() {
         guest.kill();
         tokio::time::sleep(MOMENT).await;
         publish(&cluster, topic, numbered(50..60)).await;
-        let _second = Subscriber::start(&two, cluster.mqtt(0), version, &arguments, &to).await;
+        let _second = Subscriber::start(&two, cluster.gateways[0].mqtt, version, &arguments, &to).await;
         let all = collect(&mut received, numbered(40..60)).await;
         each_once(&all, 20);
         assert_eq!(by_name(&all).into_keys().collect::<Vec<_>>(), [two.as_str()]);
@@ -279,16 +280,16 @@ async fn a_member_that_is_taken_over_goes_on_where_it_is_now() {
     if find("mosquitto_sub").is_none() {
         return;
     }
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, "").await;
     let (to, mut received) = mpsc::unbounded_channel();
     let arguments = ["-t", "$share/g/jobs", "-q", "1", "-c", "-x", "3600"];
-    let before = Subscriber::start("mover", cluster.mqtt(0), "5", &arguments, &to).await;
+    let before = Subscriber::start("mover", cluster.gateways[0].mqtt, "5", &arguments, &to).await;
     publish(&cluster, "jobs", numbered(0..5)).await;
     each_once(&collect(&mut received, numbered(0..5)).await, 5);
     before.signal(libc::SIGSTOP);
     publish(&cluster, "jobs", numbered(5..10)).await;
     // The same session, on the other gateway; nobody tells the former connection that it is over.
-    let _now = Subscriber::start("mover", cluster.mqtt(1), "5", &arguments, &to).await;
+    let _now = Subscriber::start("mover", cluster.gateways[1].mqtt, "5", &arguments, &to).await;
     publish(&cluster, "jobs", numbered(10..15)).await;
     each_once(&collect(&mut received, numbered(5..15)).await, 10);
     before.kill();
@@ -299,11 +300,11 @@ async fn a_hub_that_is_killed_loses_nothing_that_was_accepted() {
     if find("mosquitto_sub").is_none() {
         return;
     }
-    let mut cluster = Cluster::start(2).await;
+    let mut cluster = Cluster::start(2, "").await;
     let (to, mut received) = mpsc::unbounded_channel();
     let arguments = ["-t", "$share/g/jobs/#", "-q", "1"];
-    let stopped = Subscriber::start("stopped", cluster.mqtt(0), "5", &arguments, &to).await;
-    let _member = Subscriber::start("member", cluster.mqtt(1), "311", &arguments, &to).await;
+    let stopped = Subscriber::start("stopped", cluster.gateways[0].mqtt, "5", &arguments, &to).await;
+    let _member = Subscriber::start("member", cluster.gateways[1].mqtt, "311", &arguments, &to).await;
     publish(&cluster, "jobs/1", numbered(0..10)).await;
     each_once(&collect(&mut received, numbered(0..10)).await, 10);
     stopped.signal(libc::SIGSTOP);
@@ -325,7 +326,7 @@ async fn shares_are_served_on_while_their_homes_move() {
         return;
     }
     const TOPICS: usize = 8;
-    let mut cluster = Cluster::start(2).await;
+    let mut cluster = Cluster::start(2, "").await;
     let (to, mut received) = mpsc::unbounded_channel();
     // Two shares a topic, with and without a wildcard, at home all over the slots.
     let filters =
@@ -333,8 +334,8 @@ async fn shares_are_served_on_while_their_homes_move() {
     let filters: Vec<String> = filters.collect();
     let arguments: Vec<&str> = filters.iter().flat_map(|filter| ["-t", filter]).chain(["-q", "1"]).collect();
     let _members = [
-        Subscriber::start("five", cluster.mqtt(0), "5", &arguments, &to).await,
-        Subscriber::start("three", cluster.mqtt(1), "311", &arguments, &to).await,
+        Subscriber::start("five", cluster.gateways[0].mqtt, "5", &arguments, &to).await,
+        Subscriber::start("three", cluster.gateways[1].mqtt, "311", &arguments, &to).await,
     ];
     let texts =
         |range: std::ops::Range<usize>| range.map(|n| (format!("jobs/{}/x", n % TOPICS), n.to_string()));
@@ -364,7 +365,7 @@ async fn shares_are_served_on_while_their_homes_move() {
         let twice = published.clone().filter(|n| got[&n.to_string()] > 2).count();
         // Each share is at home once, and they are not all at one place while there are two.
         let homes = eventually("the shares are at home", || async {
-            let homes = cluster.metric("carillon_shares_open").await;
+            let homes = cluster.hub_metrics("carillon_shares_open").await;
             let is_so =
                 homes.iter().sum::<f64>() as usize == 2 * TOPICS && homes.iter().all(|&open| open > 0.0);
             if is_so { Ok(homes) } else { Err(homes) }
@@ -377,20 +378,10 @@ async fn shares_are_served_on_while_their_homes_move() {
     }
 }
 
-/// CONNECT of version 5 with a Receive Maximum.
-fn connect_with_window(client_id: &str, window: u16) -> Vec<u8> {
-    let mut body = mqtt::string("MQTT");
-    body.extend_from_slice(&[5, 0x02, 0, 60, 3, 0x21]);
-    body.extend_from_slice(&window.to_be_bytes());
-    body.extend_from_slice(&mqtt::string(client_id));
-    mqtt::packet(0x10, &body)
-}
-
 /// A member by hand, version 5: acknowledges only what it is told to.
 async fn member(server: SocketAddr, client_id: &str, window: u16, filter: &str) -> Raw {
-    let mut raw = Raw::connect(server).await;
-    raw.send(&connect_with_window(client_id, window)).await;
-    assert!(matches!(raw.answer().await, Answer::Packet(0x20, _)));
+    let connect = Connect::new(5, client_id).with(0x21, &window.to_be_bytes());
+    let mut raw = Device::connect(server, &connect).await.raw;
     raw.send(&mqtt::subscribe(5, 1, filter, 1)).await;
     match raw.answer().await {
         Answer::Packet(0x90, body) => assert_eq!(body, [0, 1, 0, 1], "granted QoS 1"),
@@ -413,10 +404,10 @@ async fn publish_id(raw: &mut Raw) -> Option<u16> {
 
 #[tokio::test]
 async fn a_full_window_is_passed_over_and_when_all_are_full_messages_wait() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::start(2, "").await;
     let filter = "$share/g/jobs";
-    let mut narrow = member(cluster.mqtt(1), "narrow", 1, filter).await;
-    let mut wide = member(cluster.mqtt(0), "wide", 4, filter).await;
+    let mut narrow = member(cluster.gateways[1].mqtt, "narrow", 1, filter).await;
+    let mut wide = member(cluster.gateways[0].mqtt, "wide", 4, filter).await;
     publish(&cluster, "jobs", numbered(0..20)).await;
     let first = publish_id(&mut narrow).await.expect("one message");
     assert_eq!(publish_id(&mut narrow).await, None, "its window is full");
@@ -438,12 +429,12 @@ async fn a_full_window_is_passed_over_and_when_all_are_full_messages_wait() {
 
 #[tokio::test]
 async fn after_an_unsubscribe_nothing_comes_and_what_was_sent_may_be_acknowledged() {
-    let cluster = Cluster::start(1).await;
+    let cluster = Cluster::start(1, "").await;
     let filter = "$share/g/jobs";
-    let mut leaving = member(cluster.mqtt(0), "leaving", 10, filter).await;
+    let mut leaving = member(cluster.gateways[0].mqtt, "leaving", 10, filter).await;
     publish(&cluster, "jobs", numbered(0..1)).await;
     let id = publish_id(&mut leaving).await.expect("a message");
-    let mut staying = member(cluster.mqtt(0), "staying", 10, filter).await;
+    let mut staying = member(cluster.gateways[0].mqtt, "staying", 10, filter).await;
     let mut body = vec![0, 2, 0];
     body.extend_from_slice(&mqtt::string(filter));
     leaving.send(&mqtt::packet(0xA2, &body)).await;

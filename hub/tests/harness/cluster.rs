@@ -71,13 +71,14 @@ impl Cluster {
             instance_id: "hub-1".into(),
             incarnation: self.incarnation,
             cluster: "test".into(),
-            roles: vec![Role::Saver, Role::Registry, Role::Coordinator],
+            roles: vec![Role::Saver, Role::Registry, Role::Center, Role::Dispatcher, Role::Coordinator],
             grpc: TcpListener::bind("127.0.0.1:0").await.unwrap(),
-            http: None,
+            http: Some(TcpListener::bind("127.0.0.1:0").await.unwrap()),
             data_dir: self.dir.path().join("hub"),
             advertise: BTreeMap::new(),
             labels: BTreeMap::new(),
-            console: axum::Router::new(),
+            // A console takes all paths that are nobody else's.
+            console: axum::Router::new().fallback(|| async { "the console" }),
             metrics: metrics.clone(),
         };
         let hub = Box::pin(Hub::start(options, agent.clone())).await.unwrap();
@@ -130,13 +131,18 @@ impl Cluster {
         format!("http://{}", self.running.as_ref().unwrap().hub.grpc_address())
     }
 
+    /// The API and the console.
+    pub fn http_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.running.as_ref().unwrap().hub.http_address().unwrap())
+    }
+
     /// Makes a gateway discoverable, without attaching it.
     pub fn register_gateway(&self, id: &str, incarnation: u64) {
         self.agent().register(Instance {
             id: id.into(),
             incarnation,
             roles: vec![Role::Gateway],
-            addresses: BTreeMap::new(),
+            addresses: BTreeMap::from([("mqtt".to_owned(), "127.0.0.1:1883".to_owned())]),
             labels: BTreeMap::new(),
             draining: false,
         });
