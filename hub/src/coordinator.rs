@@ -11,9 +11,8 @@ mod app;
 pub mod event;
 mod lane;
 mod metrics;
-mod receiver;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,14 +21,14 @@ use carillon_agent::document::Violation;
 use carillon_agent::{Instance, Live, Role};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::app::{AppHandle, AppTask};
 use self::metrics::Metrics;
 use crate::config::{HubConfig, within};
-use crate::peers::{Directory, GRPC};
+use crate::peers::Directory;
+use crate::receivers::{Identity, Receivers};
 
 /// User and client id of the session that a coordinator keeps for an app. Devices may not use names with `$` first.
 pub const SESSION_NAME: &str = "$coordinator";
@@ -118,16 +117,17 @@ impl Coordinator {
             http,
             metrics,
         });
+        let stop = CancellationToken::new();
+        let identity =
+            Identity { name: format!("{}/coordinator", shared.instance), incarnation: shared.incarnation };
+        let receivers = Receivers::start(identity, deps.directory.clone(), stop.clone());
         let manager = Manager {
             coordinators: agent.instances(Role::Coordinator),
-            registries: agent.instances(Role::Registry),
             apps: shared.apps.clone(),
             shared,
             running: BTreeMap::new(),
-            receivers: HashMap::new(),
-            routes: watch::Sender::new(Arc::default()),
+            receivers,
         };
-        let stop = CancellationToken::new();
         let task = tokio::spawn(manager.run(stop.clone()));
         Ok(Coordinator { stop, task })
     }
@@ -153,18 +153,12 @@ struct Shared {
     metrics: Metrics,
 }
 
-/// The apps that are looked after here: where their messages go.
-type Routes = Arc<BTreeMap<String, app::Inlet>>;
-
 struct Manager {
     shared: Arc<Shared>,
     apps: Live<BTreeMap<String, Arc<App>>>,
     coordinators: Live<Vec<Instance>>,
-    registries: Live<Vec<Instance>>,
     running: BTreeMap<String, AppHandle>,
-    /// Attach tasks, by registry instance, incarnation and address.
-    receivers: HashMap<(String, u64, String), CancellationToken>,
-    routes: watch::Sender<Routes>,
+    receivers: Receivers,
 }
 
 impl Manager {
@@ -174,14 +168,10 @@ impl Manager {
             tokio::select! {
                 Ok(()) = self.apps.changed() => {}
                 Ok(()) = self.coordinators.changed() => {}
-                Ok(()) = self.registries.changed() => {}
                 () = stop.cancelled() => break,
                 // The agent has gone, and so has the process.
                 else => break,
             }
-        }
-        for receiver in self.receivers.values() {
-            receiver.cancel();
         }
         let ended = self.running.into_values().map(|handle| handle.stop(false));
         futures::future::join_all(ended).await;
@@ -215,33 +205,15 @@ impl Manager {
             }
         }
         if changed {
-            let routes = self.running.iter().map(|(name, handle)| (name.clone(), handle.inlet.clone()));
-            self.routes.send_replace(Arc::new(routes.collect()));
-        }
-        let registries = self.registries.borrow_and_update().clone();
-        let alive: HashMap<(String, u64, String), &Instance> = registries
-            .iter()
-            .filter_map(|instance| {
-                let address = instance.addresses.get(GRPC)?.clone();
-                Some(((instance.id.clone(), instance.incarnation, address), instance))
-            })
-            .collect();
-        self.receivers.retain(|key, stop| {
-            let alive = alive.contains_key(key);
-            if !alive {
-                stop.cancel();
-            }
-            alive
-        });
-        for (key, instance) in alive {
-            self.receivers.entry(key).or_insert_with(|| {
-                let stop = CancellationToken::new();
-                let task = receiver::run(self.shared.clone(), instance.clone(), self.routes.subscribe());
-                tokio::spawn(stop.clone().run_until_cancelled_owned(task));
-                stop
-            });
+            let route = |(name, handle): (&String, &AppHandle)| (upstream(name).into(), handle.inlet.clone());
+            self.receivers.set(self.running.iter().map(route).collect());
         }
     }
+}
+
+/// What devices of an app send to its backend.
+fn upstream(app: &str) -> String {
+    format!("{app}/up/#")
 }
 
 /// Of the coordinators that live, the one that an app belongs to: by rendezvous hashing, so that few apps move when one

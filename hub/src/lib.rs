@@ -8,6 +8,7 @@ pub mod dispatcher;
 mod host;
 pub mod peers;
 mod problem;
+mod receivers;
 pub mod registry;
 pub mod saver;
 pub mod shares;

@@ -5,39 +5,36 @@
 //! read from the logs where it was not delivered live, from the cursors of a session that the share has of its own at the
 //! saver. So a share loses nothing that a kept session would not lose, and plain subscriptions do not know of any of this.
 //!
-//! [`receiver`] attaches to the registries for as long as there are shares; [`service`] is what gateways speak to.
+//! [`service`] is what gateways speak to.
 
 mod home;
 mod metrics;
-mod receiver;
-mod routed;
 mod service;
 mod session;
 mod share;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use carillon_agent::document::Violation;
-use carillon_agent::{Instance, Live, Role, SlotMap};
-use carillon_proto::filter_tree::FilterTree;
+use carillon_agent::{Live, SlotMap};
 use carillon_proto::share as naming;
 use carillon_proto::v1::{self, shares_down, shares_server::SharesServer};
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::home::{Command, Home, Inlet};
+use self::home::{Command, Home};
 use self::metrics::Metrics;
-use self::routed::Routed;
 use self::share::Limits;
 use crate::config::{HubConfig, within};
-use crate::peers::{Directory, GRPC};
+use crate::peers::Directory;
+use crate::receivers::{Identity, Inlet, Receivers};
 use crate::registry::Ownership;
 
 /// How long a stop waits for the last cursors to be written.
@@ -97,9 +94,8 @@ struct Shared {
     config: Live<HubConfig>,
     metrics: Metrics,
     homes: Mutex<HashMap<Arc<str>, HomeHandle>>,
-    /// The filters of the homes, and where what they match goes.
-    routes: watch::Sender<Routes>,
-    routed: Routed,
+    /// What the filters of the homes match comes in through these.
+    receivers: Receivers,
     next_stream: AtomicU64,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -111,20 +107,14 @@ struct HomeHandle {
     inlet: Inlet,
 }
 
-/// The filters of the shares here, and the shares that have them.
-#[derive(Default)]
-struct RouteTable {
-    by_filter: BTreeMap<Arc<str>, Vec<Inlet>>,
-    tree: FilterTree<Vec<Inlet>>,
-}
-
-type Routes = Arc<RouteTable>;
-
 impl Shares {
     /// Serves at once. Errors when its metrics are registered twice.
     pub fn start(deps: SharesDeps) -> Result<Self, prometheus::Error> {
         let agent = deps.directory.agent();
+        let stop = CancellationToken::new();
+        let identity = Identity { name: format!("{}/shares", deps.instance), incarnation: deps.incarnation };
         let shared = Arc::new(Shared {
+            receivers: Receivers::start(identity, deps.directory.clone(), stop.clone()),
             config: agent.config::<HubConfig>(),
             metrics: Metrics::new(&deps.metrics)?,
             instance: deps.instance,
@@ -132,14 +122,10 @@ impl Shares {
             directory: deps.directory,
             ownership: deps.ownership,
             homes: Mutex::default(),
-            routes: watch::Sender::new(Arc::default()),
-            routed: Routed::default(),
             next_stream: AtomicU64::new(1),
-            stop: CancellationToken::new(),
+            stop,
             tasks: TaskTracker::new(),
         });
-        let receivers = follow_registries(shared.clone());
-        tokio::spawn(shared.stop.clone().run_until_cancelled_owned(receivers));
         Ok(Shares { shared })
     }
 
@@ -202,72 +188,10 @@ impl Shared {
     }
 
     fn publish_routes(&self, homes: &HashMap<Arc<str>, HomeHandle>) {
-        let mut table = RouteTable::default();
-        for home in homes.values() {
-            table.by_filter.entry(home.filter.clone()).or_default().push(home.inlet.clone());
-            table.tree.entry(&home.filter).push(home.inlet.clone());
-        }
-        self.routes.send_replace(Arc::new(table));
+        self.receivers.set(homes.values().map(|home| (home.filter.clone(), home.inlet.clone())).collect());
     }
 
     fn slots(&self) -> Live<SlotMap> {
         self.ownership.slots()
-    }
-
-    /// Do all registries that must know of it send what this filter matches?
-    fn is_routed(&self, filter: &str) -> bool {
-        if carillon_proto::topic::is_wildcard(filter) {
-            let registries = self.directory.instances(Role::Registry);
-            !registries.is_empty()
-                && registries
-                    .iter()
-                    .all(|instance| self.routed.has(filter, &instance.id, instance.incarnation))
-        } else {
-            let slots = self.directory.slots();
-            slots
-                .owner_of(filter)
-                .is_some_and(|(_, owner)| self.routed.has(filter, &owner.instance, owner.incarnation))
-        }
-    }
-}
-
-/// Keeps attached to each registry instance while there are shares here.
-async fn follow_registries(shared: Arc<Shared>) {
-    let mut registries = shared.directory.watch(Role::Registry);
-    let mut routes = shared.routes.subscribe();
-    let mut receivers: HashMap<(String, u64, String), CancellationToken> = HashMap::new();
-    loop {
-        let found = registries.borrow_and_update().clone();
-        let has_shares = !routes.borrow_and_update().by_filter.is_empty();
-        let alive: HashMap<(String, u64, String), &Instance> = found
-            .iter()
-            .filter(|_| has_shares)
-            .filter_map(|instance| {
-                let address = instance.addresses.get(GRPC)?.clone();
-                Some(((instance.id.clone(), instance.incarnation, address), instance))
-            })
-            .collect();
-        receivers.retain(|key, stop| {
-            let is_alive = alive.contains_key(key);
-            if !is_alive {
-                stop.cancel();
-                shared.routed.lost(&key.0, key.1);
-            }
-            is_alive
-        });
-        for (key, instance) in alive {
-            receivers.entry(key).or_insert_with(|| {
-                let stop = shared.stop.child_token();
-                let task = receiver::run(shared.clone(), instance.clone());
-                tokio::spawn(stop.clone().run_until_cancelled_owned(task));
-                stop
-            });
-        }
-        tokio::select! {
-            Ok(()) = registries.changed() => {}
-            Ok(()) = routes.changed() => {}
-            // The agent has gone, and so has the process.
-            else => return,
-        }
     }
 }

@@ -16,11 +16,10 @@ use v1::{saver_error, saver_reply, saver_request};
 
 use super::event::{Event, SIGNATURE, signature};
 use super::lane::{BatchLimits, Lane, Offered, Step};
-use super::{CoordinatorConfig, SESSION_NAME, Shared};
+use super::{CoordinatorConfig, SESSION_NAME, Shared, upstream};
 use crate::peers::PeerError;
+use crate::receivers::Inlet;
 
-/// Messages that wait to be taken by an app's task.
-const INLET: usize = 10_000;
 /// Lanes kept that have nothing to do.
 const IDLE_LANES: usize = 10_000;
 const FIRST_RETRY: Duration = Duration::from_millis(500);
@@ -28,27 +27,6 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 const REFRESH: Duration = Duration::from_secs(60);
 /// The session never expires.
 const NEVER: u32 = u32::MAX;
-
-/// Where an app's messages go in.
-#[derive(Clone)]
-pub struct Inlet {
-    live: mpsc::Sender<v1::Message>,
-    /// The logs have, or may have, what was not delivered live.
-    pub refresh: Arc<Notify>,
-    dropped: prometheus::IntCounter,
-}
-
-impl Inlet {
-    pub fn offer(&self, message: v1::Message) {
-        if let Err(error) = self.live.try_send(message) {
-            if error.into_inner().stored {
-                self.refresh.notify_one();
-            } else {
-                self.dropped.inc();
-            }
-        }
-    }
-}
 
 /// The manager's hold on an app's task.
 pub struct AppHandle {
@@ -101,9 +79,8 @@ enum Outcome {
 
 impl AppTask {
     pub fn start(app: &str, shared: Arc<Shared>) -> AppHandle {
-        let (live, receiver) = mpsc::channel(INLET);
-        let refresh = Arc::new(Notify::new());
-        let inlet = Inlet { live, refresh: refresh.clone(), dropped: shared.metrics.dropped.clone() };
+        let (inlet, live) = Inlet::new(shared.metrics.dropped.clone());
+        let refresh = inlet.refresh.clone();
         let (stop, forget) = (CancellationToken::new(), CancellationToken::new());
         let task = AppTask {
             app: app.to_owned(),
@@ -115,7 +92,7 @@ impl AppTask {
             waiting: BTreeSet::new(),
             under_way: FuturesUnordered::new(),
         };
-        let task = tokio::spawn(task.run(receiver, refresh, stop.clone(), forget.clone()));
+        let task = tokio::spawn(task.run(live, refresh, stop.clone(), forget.clone()));
         AppHandle { inlet, stop, forget, task }
     }
 
@@ -210,7 +187,7 @@ impl AppTask {
             session: Some(self.session()),
             attachment: self.attachment,
             subscriptions: vec![v1::Subscription {
-                filter: format!("{}/up/#", self.app),
+                filter: upstream(&self.app),
                 qos: 1,
                 ..v1::Subscription::default()
             }],

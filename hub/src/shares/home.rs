@@ -16,9 +16,8 @@ use super::session::Session;
 use super::share::{MemberId, Share};
 use super::{HomeHandle, Shared};
 use crate::peers::PeerError;
+use crate::receivers::Inlet;
 
-/// Messages that wait to be taken by a share's task.
-const INLET: usize = 10_000;
 /// Commands and messages handled in one turn.
 const TURN: usize = 256;
 /// After the saver could not be asked, before it is asked again.
@@ -57,27 +56,6 @@ pub enum Command {
     StreamEnded {
         stream: u64,
     },
-}
-
-/// Where a share's messages go in.
-#[derive(Clone)]
-pub struct Inlet {
-    live: mpsc::Sender<v1::Message>,
-    /// The logs have, or may have, what was not delivered live.
-    pub refresh: Arc<Notify>,
-    dropped: prometheus::IntCounter,
-}
-
-impl Inlet {
-    pub fn offer(&self, message: &v1::Message) {
-        if self.live.try_send(message.clone()).is_err() {
-            if message.stored {
-                self.refresh.notify_one();
-            } else {
-                self.dropped.inc();
-            }
-        }
-    }
 }
 
 struct Member {
@@ -130,10 +108,9 @@ enum End {
 impl Home {
     pub fn new(shared: Arc<Shared>, key: Arc<str>, filter: Arc<str>) -> (HomeHandle, Home) {
         let (commands, inbox) = mpsc::unbounded_channel();
-        let (inlet, live) = mpsc::channel(INLET);
-        let refresh = Arc::new(Notify::new());
+        let (inlet, live) = Inlet::new(shared.metrics.dropped.clone());
+        let refresh = inlet.refresh.clone();
         let limits = shared.config.borrow().shares.limits();
-        let inlet = Inlet { live: inlet, refresh: refresh.clone(), dropped: shared.metrics.dropped.clone() };
         let handle = HomeHandle { commands, filter: filter.clone(), inlet };
         let home = Home {
             // No home uses a million tokens in a millisecond: none is used twice, whichever home gave it.
@@ -193,7 +170,7 @@ impl Home {
             if !self.shared.ownership.owns(&self.key) {
                 return false;
             }
-            if self.shared.is_routed(&self.filter) {
+            if self.shared.receivers.is_routed(&self.filter) {
                 match self.try_open().await {
                     Ok(()) => return true,
                     Err(error) => {
@@ -233,7 +210,8 @@ impl Home {
             let pause = self.pause_until;
             // A message on a topic that is new to the share says that all before it was seen. So after a gap, which is what a
             // refresh is for, the cursors are asked for first.
-            let is_whole = !due_refresh && !self.is_refreshing && self.shared.is_routed(&self.filter);
+            let is_whole =
+                !due_refresh && !self.is_refreshing && self.shared.receivers.is_routed(&self.filter);
             tokio::select! {
                 biased;
                 () = self.refresh.notified() => due_refresh = true,

@@ -1,4 +1,4 @@
-//! Attached to one registry instance: what the filters of the shares here match comes in.
+//! Attached to one registry instance: what the filters match comes in.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -11,8 +11,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use v1::{attach_down, attach_up};
 
-use super::home::Inlet;
-use super::{Routes, Shared};
+use super::{Inlet, Routes, Shared};
 
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 /// After an owner answered that it is not, before it is asked again: it may not have heard yet.
@@ -41,12 +40,12 @@ async fn converse(
     backoff: &mut Duration,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut routes = shared.routes.subscribe();
-    let mut slots = shared.slots();
+    let mut slots = shared.directory.agent().slots();
     let mut client = shared.directory.registry(instance)?;
     let (up, outbound) = mpsc::channel(16);
     let hello = v1::Hello {
-        instance: format!("{}/shares", shared.instance),
-        incarnation: shared.incarnation,
+        instance: shared.identity.name.clone(),
+        incarnation: shared.identity.incarnation,
         routes_only: true,
     };
     up.send(v1::AttachUp { body: Some(attach_up::Body::Hello(hello)) }).await?;
@@ -91,8 +90,8 @@ async fn converse(
                                 look_at = Some(Instant::now() + NOT_OWNER_RETRY);
                                 continue;
                             }
-                            // From now on nothing is missed; what came before is in the log, which a share looks at before
-                            // it goes on.
+                            // From now on nothing is missed; what came before is in the log, which is looked at before it
+                            // goes on.
                             for inlet in now.by_filter.get(filter).into_iter().flatten() {
                                 inlet.refresh.notify_one();
                             }
@@ -103,13 +102,12 @@ async fn converse(
                     }
                     Some(attach_down::Body::Deliver(deliver)) => {
                         if !deliver.broadcast.is_empty() {
-                            // A share is one receiver among very many: nothing for the job to wait for.
+                            // One receiver among very many: nothing for the job to wait for.
                             let job = deliver.broadcast;
                             let progress = v1::BroadcastProgress { job, total: 0, done: 0, finished: true };
                             up.send(v1::AttachUp { body: Some(attach_up::Body::Progress(progress)) }).await?;
                         }
                         for message in deliver.messages {
-                            // Never waits: a share whose queue is full looks into the logs later.
                             now.tree.matching(&message.topic, |inlets: &Vec<Inlet>| {
                                 inlets.iter().for_each(|inlet| inlet.offer(&message));
                             });

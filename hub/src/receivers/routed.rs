@@ -1,4 +1,4 @@
-//! Which registries are known to send us what a filter matches.
+//! Which registries are known to send what a filter matches.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
