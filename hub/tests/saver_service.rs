@@ -136,7 +136,13 @@ async fn every_operation_crosses_the_wire() {
     assert_eq!(call(&running, Op::Retained(retained)).await, Reply::Retained(v1::RetainedReply::default()));
     let (kind, key) = ("job".to_owned(), "1".to_owned());
     let value = b"x".to_vec().into();
-    let put = v1::PutRecord { kind: kind.clone(), key: key.clone(), value, expires_ms: 0 };
+    let put = v1::PutRecord {
+        kind: kind.clone(),
+        key: key.clone(),
+        value,
+        expires_ms: 0,
+        ..v1::PutRecord::default()
+    };
     assert_eq!(call(&running, Op::PutRecord(put)).await, done);
     let Reply::Records(one) = call(&running, Op::GetRecord(v1::GetRecord { kind: kind.clone(), key })).await
     else {

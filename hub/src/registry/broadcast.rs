@@ -248,6 +248,7 @@ impl Jobs {
             key: key.to_owned(),
             value: job.encode_to_vec().into(),
             expires_ms: now_ms() + if ended { KEEP_MS } else { KEEP_ACTIVE_MS },
+            ..v1::PutRecord::default()
         };
         if let Err(error) = self.directory.ask_saver(saver_request::Op::PutRecord(put)).await {
             tracing::warn!(job = key, %error, "cannot write the record of a broadcast job, trying again");

@@ -61,6 +61,7 @@ macro_rules! saver_conformance {
             a_wildcard_session_holds_an_inbox_too, what_was_trimmed_stays_trimmed,
             a_subscription_begins_at_the_head, an_inbox_begins_at_its_beginning, acks_move_cursors_and_never_back,
             unkept_sessions_are_told_positions, a_wildcard_has_what_came_after_it, a_moved_session_is_refused,
+            a_record_beside_a_session_is_written_by_who_has_it,
             a_clean_start_forgets, without_expiry_nothing_is_kept, sessions_expire, a_session_may_never_expire,
             what_was_sent_is_told, delivery_state_is_told_once, unsubscribing_forgets_the_cursor, subscribing_again_keeps_the_cursor,
             qos_0_owes_nothing, sessions_survive_reopening, a_gateway_that_is_gone_is_closed_for,

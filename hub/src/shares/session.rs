@@ -42,14 +42,6 @@ impl Session {
     /// Makes it ours; gives what an earlier home has written down, and where the cursors are.
     pub async fn open(&mut self) -> Result<(v1::ShareRecord, Vec<v1::Backlog>), PeerError> {
         let directory = self.shared.directory.clone();
-        let get = Op::GetRecord(v1::GetRecord { kind: RECORD_KIND.to_owned(), key: self.key.to_string() });
-        let record = match directory.ask_saver(get).await? {
-            saver_reply::Result::Records(records) => {
-                let record = records.records.first().map(|record| record.value.clone());
-                v1::ShareRecord::decode(record.unwrap_or_default()).unwrap_or_default()
-            }
-            _ => return Err(PeerError::UnexpectedAnswer),
-        };
         let open = Op::OpenSession(v1::OpenSession {
             session: Some(self.name()),
             gateway: format!("{}/shares", self.shared.instance),
@@ -61,6 +53,15 @@ impl Session {
             saver_reply::Result::SessionOpened(opened) => self.attachment = opened.attachment,
             _ => return Err(PeerError::UnexpectedAnswer),
         }
+        // Now that no earlier home can write it any more.
+        let get = Op::GetRecord(v1::GetRecord { kind: RECORD_KIND.to_owned(), key: self.key.to_string() });
+        let record = match directory.ask_saver(get).await? {
+            saver_reply::Result::Records(records) => {
+                let record = records.records.first().map(|record| record.value.clone());
+                v1::ShareRecord::decode(record.unwrap_or_default()).unwrap_or_default()
+            }
+            _ => return Err(PeerError::UnexpectedAnswer),
+        };
         Ok((record, self.positions().await?))
     }
 
@@ -93,6 +94,7 @@ impl Session {
         self.tell(Op::Ack(v1::Ack { session: Some(self.name()), attachment: self.attachment, positions }))
     }
 
+    /// Refused when another has opened the session since.
     pub fn write(
         &self,
         record: &v1::ShareRecord,
@@ -102,6 +104,8 @@ impl Session {
             key: self.key.to_string(),
             value: record.encode_to_vec().into(),
             expires_ms: record.kept_until_ms.max(now_ms() + RECORD_MS),
+            session: Some(self.name()),
+            attachment: self.attachment,
         }))
     }
 

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use carillon_hub::registry::OwnerClient;
-use carillon_proto::v1::{self, broadcast_job, settlement::Outcome, shares_down, shares_up};
+use carillon_proto::v1::{
+    self, broadcast_job, saver_reply, saver_request::Op, settlement::Outcome, shares_down, shares_up,
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -223,6 +225,60 @@ async fn a_share_outlives_its_hub() {
     let taken: Vec<String> = two.take(4).await.into_iter().map(|(_, text)| text).collect();
     assert_eq!(taken, texts(1..5), "all that was not settled");
     two.nothing().await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_home_that_was_deposed_writes_nothing_over_what_its_successor_has_written() {
+    let (cluster, owners) = cluster().await;
+    let mut one = Stream::open(&cluster).await;
+    one.join(1, WORK, 10, 3600).await;
+    publish(&owners, "demo/work/1", 0..3).await;
+    let mut tokens = Vec::new();
+    for _ in 0..3 {
+        tokens.push(one.assigned().await.1);
+    }
+    // Settled beyond the cursor: this home has something to write when it ends.
+    one.settle(1, tokens[2], Outcome::Done).await;
+    // Another home, of which this one has not heard.
+    let directory = cluster.directory();
+    let session = v1::SessionRef { app: "demo".into(), user: "$share".into(), client_id: WORK.into() };
+    let open = v1::OpenSession {
+        session: Some(session.clone()),
+        gateway: "successor/shares".into(),
+        incarnation: 1,
+        clean_start: false,
+        expiry_seconds: 3600,
+    };
+    let attachment = match directory.ask_saver(Op::OpenSession(open)).await.unwrap() {
+        saver_reply::Result::SessionOpened(opened) => {
+            assert!(opened.present, "it is the share's session");
+            opened.attachment
+        }
+        other => panic!("{other:?}"),
+    };
+    let put = v1::PutRecord {
+        kind: "share".into(),
+        key: WORK.into(),
+        value: "the successor's".into(),
+        session: Some(session),
+        attachment,
+        ..v1::PutRecord::default()
+    };
+    directory.ask_saver(Op::PutRecord(put)).await.unwrap();
+    // The cursor can move, which is how this one learns of it: and it has gone.
+    one.settle(1, tokens[0], Outcome::Done).await;
+    match one.next().await {
+        shares_down::Body::Lost(lost) => assert_eq!(lost.member, 1),
+        other => panic!("not lost but {other:?}"),
+    }
+    let get = v1::GetRecord { kind: "share".into(), key: WORK.into() };
+    match directory.ask_saver(Op::GetRecord(get)).await.unwrap() {
+        saver_reply::Result::Records(v1::Records { records }) => {
+            assert_eq!(records[0].value, "the successor's");
+        }
+        other => panic!("{other:?}"),
+    }
     cluster.stop().await;
 }
 

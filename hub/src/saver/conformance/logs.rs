@@ -269,6 +269,7 @@ pub async fn records_are_kept_listed_and_expire(ground: Ground) {
         key: key.to_owned(),
         value: value.to_owned().into(),
         expires_ms,
+        ..v1::PutRecord::default()
     };
     let now = now_ms();
     for (key, value) in [("a/1", "one"), ("a/2", "two"), ("b/1", "three")] {

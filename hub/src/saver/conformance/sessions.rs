@@ -133,6 +133,34 @@ pub async fn a_moved_session_is_refused(ground: Ground) {
     assert!(open(&store, "c1").await.attachment > fourth);
 }
 
+pub async fn a_record_beside_a_session_is_written_by_who_has_it(ground: Ground) {
+    let store = ground.open().await;
+    let put = async |value: &str, attachment| {
+        let record = v1::PutRecord {
+            kind: "beside".to_owned(),
+            key: "c1".to_owned(),
+            value: value.to_owned().into(),
+            session: session("c1"),
+            attachment,
+            ..v1::PutRecord::default()
+        };
+        store.put_record(record).await
+    };
+    let first = open(&store, "c1").await.attachment;
+    put("first", first).await.unwrap();
+    let second = open(&store, "c1").await.attachment;
+    put("second", second).await.unwrap();
+    has_moved(put("deposed", first).await);
+    has_moved(put("nobody", 0).await);
+    let found = store.get_record("beside".to_owned(), "c1".to_owned()).await.unwrap();
+    assert_eq!(found.map(|record| record.value), Some("second".into()));
+    // Closed it is still the same one's; forgotten it is nobody's.
+    close(&store, "c1", second, 60).await;
+    put("closed", second).await.unwrap();
+    close(&store, "c1", second, 0).await;
+    has_moved(put("forgotten", second).await);
+}
+
 pub async fn a_clean_start_forgets(ground: Ground) {
     let store = ground.open().await;
     let attachment = open(&store, "c1").await.attachment;

@@ -284,7 +284,7 @@ impl Planner<'_> {
     }
 
     /// The session, if it still is the caller's.
-    fn attached(&mut self, session: Option<&v1::SessionRef>, attachment: u64) -> StoreResult<SessionId> {
+    pub fn attached(&mut self, session: Option<&v1::SessionRef>, attachment: u64) -> StoreResult<SessionId> {
         let name = name_of(session)?;
         let id = *self.index.session_ids.get(name.as_str()).ok_or(StoreError::SessionMoved)?;
         let session = self.index.sessions.get(&id).ok_or(StoreError::SessionMoved)?;

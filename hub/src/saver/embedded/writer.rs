@@ -354,10 +354,13 @@ fn count_appends(metrics: &Metrics, results: &[StoreResult<v1::Appended>]) {
 
 impl Planner<'_> {
     fn put_record(&mut self, record: v1::PutRecord) -> StoreResult<()> {
-        let v1::PutRecord { kind, key, value, expires_ms } = record;
+        let v1::PutRecord { kind, key, value, expires_ms, session, attachment } = record;
         check_record_key(&kind, &key)?;
         if value.len() > MAX_RECORD_BYTES {
             return Err(StoreError::Invalid(format!("a record is larger than {MAX_RECORD_BYTES} bytes")));
+        }
+        if session.is_some() {
+            self.attached(session.as_ref(), attachment)?;
         }
         let mut bytes = None;
         // One that is expired already is how a record is removed.
