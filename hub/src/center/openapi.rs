@@ -93,8 +93,8 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
     );
     // One response a status: several kinds of problem may share it, told apart by their `type`.
     let mut by_status = std::collections::BTreeMap::<u16, Vec<Kind>>::new();
-    for kind in route.problems {
-        by_status.entry(kind.entry().status.as_u16()).or_default().push(*kind);
+    for kind in route.problems() {
+        by_status.entry(kind.entry().status.as_u16()).or_default().push(kind);
     }
     for (status, kinds) in by_status {
         let response = match kinds.as_slice() {

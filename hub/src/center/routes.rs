@@ -45,8 +45,15 @@ pub struct Route {
     pub success: u16,
     /// Parameters after the `?`.
     pub query: &'static [Parameter],
-    /// Problems of its own, besides those of every route that has a key, a body or a peer to ask.
-    pub problems: &'static [Kind],
+    /// What may be in the way: lists that are common to several, and its own.
+    problems: &'static [&'static [Kind]],
+}
+
+impl Route {
+    /// Everything that may be in the way.
+    pub fn problems(&self) -> impl Iterator<Item = Kind> + '_ {
+        self.problems.iter().copied().flatten().copied()
+    }
 }
 
 /// A parameter.
@@ -65,70 +72,20 @@ pub const ENDPOINTS: &str = "/v1/endpoints";
 /// Where the OpenAPI document is.
 pub const OPENAPI: &str = "/v1/openapi.json";
 
-const PUSH_PROBLEMS: &[Kind] = &[
-    Kind::Unauthorised,
-    Kind::Forbidden,
-    Kind::UnknownApp,
-    Kind::MalformedJson,
-    Kind::InvalidField,
-    Kind::PayloadTooLarge,
-    Kind::RequestTimeout,
-    Kind::Refused,
-    Kind::TooManyRequests,
-    Kind::Overloaded,
-    Kind::Unavailable,
-];
-const BATCH_PROBLEMS: &[Kind] = &[
+/// Of every route that needs a key.
+const KEYED: &[Kind] = &[
     Kind::Unauthorised,
     Kind::Forbidden,
     Kind::UnknownApp,
     Kind::InvalidField,
-    Kind::PayloadTooLarge,
     Kind::Overloaded,
     Kind::Unavailable,
 ];
-const BROADCAST_PROBLEMS: &[Kind] = &[
-    Kind::Unauthorised,
-    Kind::Forbidden,
-    Kind::UnknownApp,
-    Kind::UnknownBroadcast,
-    Kind::InvalidField,
-    Kind::Overloaded,
-    Kind::Unavailable,
-];
-const CONTROL_PROBLEMS: &[Kind] = &[
-    Kind::Unauthorised,
-    Kind::Forbidden,
-    Kind::UnknownApp,
-    Kind::UnknownBroadcast,
-    Kind::InvalidField,
-    Kind::Conflict,
-    Kind::Refused,
-    Kind::Overloaded,
-    Kind::Unavailable,
-];
-const REVOKE_PROBLEMS: &[Kind] = &[
-    Kind::Unauthorised,
-    Kind::Forbidden,
-    Kind::UnknownApp,
-    Kind::MalformedJson,
-    Kind::InvalidField,
-    Kind::PayloadTooLarge,
-    Kind::RequestTimeout,
-    Kind::Conflict,
-    Kind::Refused,
-    Kind::Overloaded,
-    Kind::Unavailable,
-];
-const QUERY_PROBLEMS: &[Kind] = &[
-    Kind::Unauthorised,
-    Kind::Forbidden,
-    Kind::UnknownApp,
-    Kind::InvalidField,
-    Kind::Refused,
-    Kind::Overloaded,
-    Kind::Unavailable,
-];
+/// Of those with a body of JSON.
+const JSON: &[Kind] = &[Kind::MalformedJson, Kind::PayloadTooLarge, Kind::RequestTimeout];
+const PUSH: &[&[Kind]] = &[KEYED, JSON, &[Kind::Refused, Kind::TooManyRequests]];
+const CONTROL: &[&[Kind]] = &[KEYED, &[Kind::UnknownBroadcast, Kind::Conflict, Kind::Refused]];
+const QUERY: &[&[Kind]] = &[KEYED, &[Kind::Refused]];
 
 /// Every operation there is.
 pub static ROUTES: &[Route] = &[
@@ -143,7 +100,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Push a message to a user: to all devices that are online, and kept for those that are not.",
         success: 202,
         query: &[],
-        problems: PUSH_PROBLEMS,
+        problems: PUSH,
     },
     Route {
         op: Op::PushToGroup,
@@ -156,7 +113,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Push a message to a group: to every device that is subscribed to it.",
         success: 202,
         query: &[],
-        problems: PUSH_PROBLEMS,
+        problems: PUSH,
     },
     Route {
         op: Op::PushToTopic,
@@ -169,7 +126,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Push a message to a topic of the app.",
         success: 202,
         query: &[],
-        problems: PUSH_PROBLEMS,
+        problems: PUSH,
     },
     Route {
         op: Op::PushBatch,
@@ -183,7 +140,7 @@ pub static ROUTES: &[Route] = &[
                   their order; a bad line gives a problem and the others go on.",
         success: 200,
         query: &[],
-        problems: BATCH_PROBLEMS,
+        problems: &[KEYED, &[Kind::PayloadTooLarge]],
     },
     Route {
         op: Op::StartBroadcast,
@@ -196,20 +153,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Send a message to everyone in the app, at a rate.",
         success: 202,
         query: &[],
-        problems: &[
-            Kind::Unauthorised,
-            Kind::Forbidden,
-            Kind::UnknownApp,
-            Kind::MalformedJson,
-            Kind::InvalidField,
-            Kind::PayloadTooLarge,
-            Kind::RequestTimeout,
-            Kind::Conflict,
-            Kind::Refused,
-            Kind::TooManyRequests,
-            Kind::Overloaded,
-            Kind::Unavailable,
-        ],
+        problems: &[KEYED, JSON, &[Kind::Conflict, Kind::Refused, Kind::TooManyRequests]],
     },
     Route {
         op: Op::GetBroadcast,
@@ -222,7 +166,7 @@ pub static ROUTES: &[Route] = &[
         summary: "How far a broadcast is.",
         success: 200,
         query: &[],
-        problems: BROADCAST_PROBLEMS,
+        problems: &[KEYED, &[Kind::UnknownBroadcast]],
     },
     Route {
         op: Op::PauseBroadcast,
@@ -235,7 +179,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Pause a broadcast.",
         success: 200,
         query: &[],
-        problems: CONTROL_PROBLEMS,
+        problems: CONTROL,
     },
     Route {
         op: Op::ResumeBroadcast,
@@ -248,7 +192,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Go on with a paused broadcast.",
         success: 200,
         query: &[],
-        problems: CONTROL_PROBLEMS,
+        problems: CONTROL,
     },
     Route {
         op: Op::CancelBroadcast,
@@ -261,7 +205,7 @@ pub static ROUTES: &[Route] = &[
         summary: "End a broadcast: who has not been sent it yet is not sent it.",
         success: 200,
         query: &[],
-        problems: CONTROL_PROBLEMS,
+        problems: CONTROL,
     },
     Route {
         op: Op::GetUser,
@@ -274,7 +218,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Is a user online, and with which devices?",
         success: 200,
         query: &[],
-        problems: QUERY_PROBLEMS,
+        problems: QUERY,
     },
     Route {
         op: Op::KickUser,
@@ -293,7 +237,7 @@ pub static ROUTES: &[Route] = &[
             range: None,
             example: "phone-1",
         }],
-        problems: QUERY_PROBLEMS,
+        problems: QUERY,
     },
     Route {
         op: Op::RevokeUser,
@@ -307,7 +251,7 @@ pub static ROUTES: &[Route] = &[
                   connected with one are disconnected.",
         success: 200,
         query: &[],
-        problems: REVOKE_PROBLEMS,
+        problems: &[KEYED, JSON, &[Kind::Conflict, Kind::Refused]],
     },
     Route {
         op: Op::PullMessages,
@@ -336,16 +280,7 @@ pub static ROUTES: &[Route] = &[
                 example: "100",
             },
         ],
-        problems: &[
-            Kind::Unauthorised,
-            Kind::Forbidden,
-            Kind::UnknownApp,
-            Kind::NoSuchRoute,
-            Kind::InvalidField,
-            Kind::Refused,
-            Kind::Overloaded,
-            Kind::Unavailable,
-        ],
+        problems: &[KEYED, &[Kind::NoSuchRoute, Kind::Refused]],
     },
     Route {
         op: Op::GetOverview,
@@ -358,7 +293,7 @@ pub static ROUTES: &[Route] = &[
         summary: "Live numbers of the app: connections, deliveries, rates, by gateway.",
         success: 200,
         query: &[],
-        problems: QUERY_PROBLEMS,
+        problems: QUERY,
     },
     Route {
         op: Op::GetOpenApi,
@@ -371,7 +306,7 @@ pub static ROUTES: &[Route] = &[
         summary: "This document.",
         success: 200,
         query: &[],
-        problems: &[Kind::Overloaded],
+        problems: &[&[Kind::Overloaded]],
     },
     Route {
         op: Op::GetEndpoints,
@@ -390,7 +325,7 @@ pub static ROUTES: &[Route] = &[
             range: None,
             example: "phone-1",
         }],
-        problems: &[Kind::InvalidField, Kind::NoGateway],
+        problems: &[&[Kind::InvalidField, Kind::NoGateway]],
     },
 ];
 
