@@ -3,11 +3,13 @@
 //! One thread writes ([`writer`]), with group commit. What it decides from is in memory ([`index`]): where every log
 //! stands, but no message. Readers look at that index and then read the disk beside the writer.
 
+mod cursors;
 mod directory;
 mod disk;
 mod index;
 mod logs;
 mod plan;
+mod read;
 mod sessions;
 mod writer;
 
@@ -29,9 +31,7 @@ use self::index::Index;
 use self::plan::Pending;
 use self::writer::{Op, Writer};
 use super::metrics::Metrics;
-use super::store::{
-    Logs, MAX_HEADS, MAX_RETAINED_BYTES, Records, Sessions, Store, StoreError, StoreResult, Swept,
-};
+use super::store::{Logs, MAX_HEADS, Records, Sessions, Store, StoreError, StoreResult, Swept};
 
 /// Limits and times of the embedded back end.
 #[derive(Debug, Clone)]
@@ -72,8 +72,6 @@ impl Default for Limits {
     }
 }
 
-/// Records that one `Read` looks at, given or not.
-const READ_RECORDS: usize = 10_000;
 const READ_DEFAULT: u32 = 100;
 const READ_MOST: u32 = 1000;
 const READ_BYTES_DEFAULT: u32 = 256 << 10;
@@ -299,7 +297,7 @@ impl Logs for Embedded {
         let limit = if limit == 0 { READ_DEFAULT } else { limit.min(READ_MOST) } as usize;
         let max_bytes = if max_bytes == 0 { READ_BYTES_DEFAULT } else { max_bytes.min(READ_BYTES_MOST) };
         let reply = self
-            .read_disk(move |disk| read_log(disk, id, &topic, after, head, limit, max_bytes as usize))
+            .read_disk(move |disk| read::log(disk, id, &topic, after, head, limit, max_bytes as usize))
             .await?;
         self.metrics.read_messages.inc_by(reply.messages.len() as u64);
         Ok(reply)
@@ -318,61 +316,8 @@ impl Logs for Embedded {
         if names.is_empty() {
             return Ok(Vec::new());
         }
-        self.read_disk(move |disk| {
-            let mut messages = Vec::with_capacity(names.len());
-            let mut bytes = 0;
-            for name in names {
-                // Planned, and not committed yet, or cleared since: then it is not there.
-                let Some(value) = disk.retained.get(disk::retained_key(b'm', &name))? else { continue };
-                bytes += value.len();
-                if bytes > MAX_RETAINED_BYTES && !messages.is_empty() {
-                    tracing::warn!(%filter, "more retained messages than one answer holds");
-                    break;
-                }
-                let message = v1::Message::decode(bytes::Bytes::copy_from_slice(&value))
-                    .map_err(|_| DiskError::Damaged(format!("the retained message of {name:?}")))?;
-                messages.push(message);
-            }
-            Ok(messages)
-        })
-        .await
+        self.read_disk(move |disk| read::retained(disk, &filter, names)).await
     }
-}
-
-/// Reads on from `after`, at most to the head as it was committed.
-fn read_log(
-    disk: &Disk,
-    id: index::TopicId,
-    topic: &str,
-    after: u64,
-    head: v1::Head,
-    limit: usize,
-    max_bytes: usize,
-) -> Result<v1::ReadReply, DiskError> {
-    let now_ms = now_ms();
-    let mut messages: Vec<v1::Message> = Vec::new();
-    let (mut next, mut bytes, mut looked_at) = (after, 0, 0);
-    // Messages chain in the answer whatever was trimmed or left out between them.
-    let mut last = after;
-    for record in disk.records(id, after.max(head.trimmed), head.seq) {
-        if messages.len() >= limit || bytes >= max_bytes || looked_at >= READ_RECORDS {
-            return Ok(v1::ReadReply { messages, head: Some(head), next });
-        }
-        let record = record?;
-        looked_at += 1;
-        let mut message = disk::decode_log(record.value, topic)?;
-        if message.expires_ms == 0 || message.expires_ms > now_ms {
-            if !messages.is_empty() && bytes + message.payload.len() > max_bytes {
-                return Ok(v1::ReadReply { messages, head: Some(head), next });
-            }
-            bytes += message.payload.len();
-            message.prev = message.prev.min(last);
-            last = message.seq;
-            messages.push(message);
-        }
-        next = record.seq;
-    }
-    Ok(v1::ReadReply { messages, head: Some(head), next: next.max(head.seq) })
 }
 
 #[async_trait]
@@ -433,44 +378,15 @@ impl Records for Embedded {
 
     async fn get_record(&self, kind: String, key: String) -> StoreResult<Option<v1::Record>> {
         writer::check_record_key(&kind, &key)?;
-        let now_ms = now_ms();
-        self.read_disk(move |disk| {
-            let value = disk.meta.get(disk::record_key(&kind, &key))?;
-            Ok(value.and_then(|value| decode_record(key, &value, now_ms)))
-        })
-        .await
+        self.read_disk(move |disk| read::record(disk, &kind, key)).await
     }
 
     async fn list_records(&self, list: v1::ListRecords) -> StoreResult<Vec<v1::Record>> {
         let v1::ListRecords { kind, prefix, limit } = list;
         writer::check_record_key(&kind, &prefix)?;
         let limit = if limit == 0 { RECORDS_DEFAULT } else { limit } as usize;
-        let now_ms = now_ms();
-        self.read_disk(move |disk| {
-            let mut records = Vec::new();
-            let mut bytes = 0;
-            for guard in disk.meta.prefix(disk::record_key(&kind, &prefix)) {
-                if records.len() >= limit || bytes >= MAX_RETAINED_BYTES {
-                    break;
-                }
-                let (key, value) = guard.into_inner()?;
-                let key = std::str::from_utf8(&key[kind.len() + 2..])
-                    .map_err(|_| DiskError::Damaged("a record's key".to_owned()))?;
-                if let Some(record) = decode_record(key.to_owned(), &value, now_ms) {
-                    bytes += value.len();
-                    records.push(record);
-                }
-            }
-            Ok(records)
-        })
-        .await
+        self.read_disk(move |disk| read::records(disk, &kind, &prefix, limit)).await
     }
-}
-
-fn decode_record(key: String, value: &[u8], now_ms: u64) -> Option<v1::Record> {
-    let expires_ms = disk::number(value, 0)?;
-    let live = expires_ms == 0 || expires_ms > now_ms;
-    live.then(|| v1::Record { key, value: bytes::Bytes::copy_from_slice(&value[8..]) })
 }
 
 #[async_trait]
