@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::str::FromStr;
 
-use carillon_gateway::drain::{Devices, Drain, Mover, Rebalance, State, kind_name};
+use carillon_gateway::drain::{Devices, Drain, Mover, Rebalance};
+use carillon_hub::center::Moving;
 use serde::{Deserialize, Serialize};
 
 pub const NAMES: [&str; 4] = ["drain", "drain-abort", "rebalance", "drain-status"];
@@ -16,20 +17,6 @@ pub struct Status {
     pub state: String,
     /// The drain or rebalance that runs, or else the last one.
     pub moving: Option<Moving>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Moving {
-    /// `drain`, `rebalance`.
-    pub kind: String,
-    pub began_ms: u64,
-    /// 0 while it runs.
-    pub ended_ms: u64,
-    pub aborted: bool,
-    pub rate_per_second: f64,
-    pub total: u64,
-    pub moved: u64,
-    pub left: u64,
 }
 
 pub async fn carry_out(
@@ -80,17 +67,8 @@ pub async fn carry_out(
 }
 
 fn status(mover: &Mover) -> Status {
-    let moving = mover.progress().map(|progress| Moving {
-        kind: kind_name(progress.kind()).to_owned(),
-        began_ms: progress.began_ms,
-        ended_ms: progress.ended_ms,
-        aborted: progress.aborted,
-        rate_per_second: progress.rate_per_second,
-        total: progress.total,
-        moved: progress.moved,
-        left: progress.left,
-    });
-    Status { state: State::name(mover.state()).to_owned(), moving }
+    let moving = mover.progress().as_ref().map(Moving::from);
+    Status { state: mover.state().name().to_owned(), moving }
 }
 
 /// Arguments that are taken out one by one; what is left is not known.

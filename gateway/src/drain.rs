@@ -88,11 +88,7 @@ impl State {
     }
 
     pub fn name(self) -> &'static str {
-        match self {
-            State::Active => "active",
-            State::Draining => "draining",
-            State::Drained => "drained",
-        }
+        self.wire().name()
     }
 }
 
@@ -352,7 +348,7 @@ impl Mover {
         match progress {
             None => Ok(()),
             Some(progress) => Err(MoveError::Busy {
-                kind: kind_name(progress.kind()),
+                kind: progress.kind().name(),
                 moved: progress.moved,
                 total: progress.total,
             }),
@@ -533,13 +529,6 @@ impl Mover {
                 return;
             }
         }
-    }
-}
-
-pub fn kind_name(kind: v1::move_progress::Kind) -> &'static str {
-    match kind {
-        v1::move_progress::Kind::Rebalance => "rebalance",
-        _ => "drain",
     }
 }
 

@@ -32,7 +32,7 @@ use check::{check_device, check_id, full_topic, message, parse_position};
 
 pub use auth::Caller;
 pub use cluster::{Cluster, ClusterError};
-pub use overview::{GatewayNumbers, Numbers, Overview};
+pub use overview::{GatewayNumbers, Moving, Numbers, Overview};
 
 use crate::problem::{Kind, Problem};
 

@@ -8,6 +8,7 @@ pub mod v1 {
 
 pub mod exchange;
 pub mod filter_tree;
+mod moving;
 pub mod share;
 pub mod topic;
 

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use carillon_agent::admin::Admin;
+use carillon_hub::center::Moving;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::config::admin;
 use super::{CliError, bar, print};
 use crate::args::{DrainArgs, KeeperClientArgs, RebalanceArgs};
-use crate::moves::{Moving, Status};
+use crate::moves::Status;
 
 /// How often the progress is asked for; each time is a command through the keeper.
 const POLL: Duration = Duration::from_secs(1);
@@ -133,16 +134,7 @@ async fn follow(admin: &Admin, instance: &str, interrupts: &mut Signal) -> Resul
 }
 
 fn nothing() -> Moving {
-    Moving {
-        kind: "drain".to_owned(),
-        began_ms: 0,
-        ended_ms: 1,
-        aborted: false,
-        rate_per_second: 0.0,
-        total: 0,
-        moved: 0,
-        left: 0,
-    }
+    Moving { kind: "drain".to_owned(), ended_ms: 1, ..Moving::default() }
 }
 
 fn describe(status: &Status) -> String {

@@ -52,14 +52,10 @@ pub struct Moving {
     pub left: u64,
 }
 
-impl Moving {
-    fn of(progress: &v1::MoveProgress) -> Self {
-        let kind = match progress.kind() {
-            v1::move_progress::Kind::Rebalance => "rebalance",
-            _ => "drain",
-        };
+impl From<&v1::MoveProgress> for Moving {
+    fn from(progress: &v1::MoveProgress) -> Self {
         Moving {
-            kind: kind.to_owned(),
+            kind: progress.kind().name().to_owned(),
             began_ms: progress.began_ms,
             ended_ms: progress.ended_ms,
             aborted: progress.aborted,
@@ -148,16 +144,11 @@ impl Sampler {
             let numbers = pair.numbers(app);
             overview.numbers.add(&numbers);
             let age_seconds = now.saturating_duration_since(pair.last.at).as_secs_f64();
-            let state = match pair.last.state {
-                v1::GatewayState::Draining => "draining",
-                v1::GatewayState::Drained => "drained",
-                v1::GatewayState::Active | v1::GatewayState::Unspecified => "active",
-            };
             overview.gateways.push(GatewayNumbers {
                 gateway: gateway.clone(),
                 age_seconds,
-                state: state.to_owned(),
-                moving: pair.last.moving.as_ref().map(Moving::of),
+                state: pair.last.state.name().to_owned(),
+                moving: pair.last.moving.as_ref().map(Moving::from),
                 numbers,
             });
         }
