@@ -1,0 +1,180 @@
+//! The flags of what serves: `dev`, `keeper`, `hub`, `gateway`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use carillon_agent::Role;
+use clap::{Args, ValueEnum, ValueHint};
+
+use super::{DEFAULT_DATA_DIR, OutputFormat, keeper_url};
+
+#[derive(Debug, Clone, Args)]
+pub struct LogArgs {
+    /// What is logged: error, warn, info, debug, trace, or directives as `info,carillon_gateway=debug`
+    #[arg(long, env = "CARILLON_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    pub log_level: String,
+    /// How: text for people, json for machines, auto = text on a terminal
+    #[arg(long, env = "CARILLON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Auto,
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DevArgs {
+    /// Where everything is kept; made when it is not there
+    #[arg(long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath)]
+    pub data_dir: PathBuf,
+    /// MQTT for devices. Port 0 = a free one, also below
+    #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
+    pub mqtt: SocketAddr,
+    /// MQTT over WebSocket, for browsers
+    #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
+    pub ws: SocketAddr,
+    #[command(flatten)]
+    pub tls: TlsArgs,
+    /// The API for backends, and the console
+    #[arg(long, env = "CARILLON_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub http: SocketAddr,
+    /// Metrics and health
+    #[arg(long, env = "CARILLON_OPS", default_value = "127.0.0.1:9090", value_name = "ADDRESS")]
+    pub ops: SocketAddr,
+    /// Threads that hold connections; 0 = one for each CPU
+    #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
+    pub shards: usize,
+    /// How long stopping may take
+    #[arg(long, env = "CARILLON_DRAIN_SECONDS", default_value_t = 10, value_name = "SECONDS")]
+    pub drain_seconds: u64,
+    /// What is printed once it serves: a page for people, or one line of JSON
+    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text)]
+    pub output: OutputFormat,
+    // Quieter than the roles by themselves: the terminal belongs to the page it prints.
+    /// What is logged: error, warn, info, debug, trace, or directives as `info,carillon_gateway=debug`
+    #[arg(long, env = "CARILLON_LOG_LEVEL", default_value = "warn", value_name = "LEVEL")]
+    pub log_level: String,
+    /// How: text for people, json for machines, auto = text on a terminal
+    #[arg(long, env = "CARILLON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
+}
+
+/// What every process of a cluster has.
+#[derive(Debug, Clone, Args)]
+pub struct ProcessArgs {
+    /// Where its identity and its data are kept
+    #[arg(long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath)]
+    pub data_dir: PathBuf,
+    /// Metrics and health
+    #[arg(long, env = "CARILLON_OPS", default_value = "127.0.0.1:9090", value_name = "ADDRESS")]
+    pub ops: SocketAddr,
+    /// How long stopping may take
+    #[arg(long, env = "CARILLON_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS")]
+    pub drain_seconds: u64,
+    #[command(flatten)]
+    pub logs: LogArgs,
+}
+
+impl ProcessArgs {
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct KeeperArgs {
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// gRPC for all other processes. Anyone who reaches it may change the cluster: keep it inside
+    #[arg(long, env = "CARILLON_GRPC", default_value = "127.0.0.1:7400", value_name = "ADDRESS")]
+    pub grpc: SocketAddr,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct HubArgs {
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// The keeper's nodes
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
+    pub keeper: Vec<String>,
+    /// Which roles
+    #[arg(
+        long, env = "CARILLON_ROLES", value_delimiter = ',', value_name = "ROLES",
+        default_value = "registry,center,saver,coordinator,dispatcher", value_parser = hub_role
+    )]
+    pub roles: Vec<Role>,
+    /// The API for backends, and the console
+    #[arg(long, env = "CARILLON_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub http: SocketAddr,
+    /// gRPC for the other processes of the cluster: keep it inside
+    #[arg(long, env = "CARILLON_GRPC", default_value = "127.0.0.1:7401", value_name = "ADDRESS")]
+    pub grpc: SocketAddr,
+    /// How others reach the gRPC address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_GRPC", value_name = "HOST:PORT")]
+    pub advertise_grpc: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct GatewayArgs {
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// The keeper's nodes
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
+    pub keeper: Vec<String>,
+    /// MQTT for devices
+    #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
+    pub mqtt: SocketAddr,
+    /// MQTT over WebSocket
+    #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
+    pub ws: SocketAddr,
+    #[command(flatten)]
+    pub tls: TlsArgs,
+    /// How devices reach the MQTT address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_MQTT", value_name = "HOST:PORT")]
+    pub advertise_mqtt: Option<String>,
+    /// How devices reach the WebSocket address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_WS", value_name = "HOST:PORT")]
+    pub advertise_ws: Option<String>,
+    /// How devices reach the MQTT over TLS address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_MQTTS", value_name = "HOST:PORT")]
+    pub advertise_mqtts: Option<String>,
+    /// How devices reach the WebSocket over TLS address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_WSS", value_name = "HOST:PORT")]
+    pub advertise_wss: Option<String>,
+    /// Threads that hold connections; 0 = one for each CPU
+    #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
+    pub shards: usize,
+}
+
+/// Listeners over TLS. More of them, and more of what they can do, are in the `gateway` document.
+#[derive(Debug, Clone, Args)]
+pub struct TlsArgs {
+    /// MQTT over TLS for devices [default: none]
+    #[arg(long, env = "CARILLON_MQTTS", value_name = "ADDRESS", requires_all = ["tls_certificate", "tls_key"])]
+    pub mqtts: Option<SocketAddr>,
+    /// MQTT over WebSocket over TLS [default: none]
+    #[arg(long, env = "CARILLON_WSS", value_name = "ADDRESS", requires_all = ["tls_certificate", "tls_key"])]
+    pub wss: Option<SocketAddr>,
+    /// The certificate for both, and those between it and the root (PEM); read again when it changes
+    #[arg(long, env = "CARILLON_TLS_CERTIFICATE", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_certificate: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, env = "CARILLON_TLS_KEY", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_key: Option<PathBuf>,
+    /// Devices must show a certificate that one of these authorities has signed (PEM)
+    #[arg(long, env = "CARILLON_TLS_CLIENT_CA", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_client_ca: Option<PathBuf>,
+}
+
+fn hub_role(name: &str) -> Result<Role, String> {
+    let role: Role = name.trim().parse().map_err(|error: carillon_agent::UnknownRole| error.to_string())?;
+    if role == Role::Gateway {
+        Err("a hub has no gateway: run `carillon gateway`".to_owned())
+    } else {
+        Ok(role)
+    }
+}
