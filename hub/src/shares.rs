@@ -7,6 +7,7 @@
 //!
 //! [`service`] is what gateways speak to.
 
+mod batches;
 mod home;
 mod metrics;
 mod service;

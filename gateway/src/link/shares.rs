@@ -105,6 +105,24 @@ struct Stream {
     up: mpsc::UnboundedSender<v1::SharesUp>,
     stop: CancellationToken,
     members: usize,
+    /// Sent at the end of the turn, or before what else is to be said.
+    settled: Vec<v1::Settlement>,
+}
+
+impl Stream {
+    fn send(&mut self, body: shares_up::Body) {
+        self.flush();
+        // One that has ended says so itself; its members join again then.
+        let _ = self.up.send(v1::SharesUp { body: Some(body) });
+    }
+
+    fn flush(&mut self) {
+        if !self.settled.is_empty() {
+            let settlements = std::mem::take(&mut self.settled);
+            let body = shares_up::Body::Settlements(v1::Settlements { settlements });
+            let _ = self.up.send(v1::SharesUp { body: Some(body) });
+        }
+    }
 }
 
 /// What a stream has to say; None: it has ended.
@@ -137,6 +155,7 @@ pub(super) async fn run(inner: Arc<Inner>, mut commands: mpsc::UnboundedReceiver
                 for command in taken.drain(..) {
                     table.command(command);
                 }
+                table.streams.values_mut().for_each(Stream::flush);
             }
             Some((stream, said)) = heard.recv() => table.heard(stream, said),
             _ = retry.tick(), if table.unplaced > 0 => table.place_all(),
@@ -165,9 +184,10 @@ impl Table {
                 self.vacate(stream);
             }
             Command::Settle { member, token, outcome } => {
-                if let Some(stream) = self.members.get(&member).and_then(|membership| membership.stream) {
-                    let settlement = v1::Settlement { member, token, outcome: outcome.into() };
-                    self.send(stream, shares_up::Body::Settlement(settlement));
+                if let Some(stream) = self.members.get(&member).and_then(|membership| membership.stream)
+                    && let Some(stream) = self.streams.get_mut(&stream)
+                {
+                    stream.settled.push(v1::Settlement { member, token, outcome: outcome.into() });
                 }
             }
             Command::Ready { member } => {
@@ -178,10 +198,9 @@ impl Table {
         }
     }
 
-    fn send(&self, stream: u64, body: shares_up::Body) {
-        if let Some(stream) = self.streams.get(&stream) {
-            // One that has ended says so itself; its members join again then.
-            let _ = stream.up.send(v1::SharesUp { body: Some(body) });
+    fn send(&mut self, stream: u64, body: shares_up::Body) {
+        if let Some(stream) = self.streams.get_mut(&stream) {
+            stream.send(body);
         }
     }
 
@@ -254,7 +273,8 @@ impl Table {
         let stop = self.inner.stop.child_token();
         let (said, stopped, registry) = (self.said.clone(), stop.clone(), registry.clone());
         let name = registry.clone();
-        self.streams.insert(id, Stream { registry, incarnation, up, stop, members: 0 });
+        let stream = Stream { registry, incarnation, up, stop, members: 0, settled: Vec::new() };
+        self.streams.insert(id, stream);
         tokio::spawn(async move {
             let talk = converse(id, endpoint, outbound, &said);
             if let Some(reason) = stopped.run_until_cancelled(talk).await {
@@ -274,14 +294,8 @@ impl Table {
                     joined(Ok(()));
                 }
             }
-            Some(shares_down::Body::Assignment(v1::Assignment { member, token, message })) => {
-                let Some(message) = message else { return };
-                // One that has left has said so: what it had is given to others.
-                let Some(membership) = self.members.get(&member) else { return };
-                if let Some(shard) = self.inner.shards().get(usize::from(membership.conn.shard)) {
-                    let delivery = Arc::new(Delivery::new(message));
-                    shard.post(Event::Share { conn: membership.conn, member, token, delivery });
-                }
+            Some(shares_down::Body::Assignments(v1::Assignments { assignments })) => {
+                assignments.into_iter().for_each(|assignment| self.assigned(assignment));
             }
             Some(shares_down::Body::Lost(v1::MemberLost { member })) => {
                 if let Some(membership) = self.members.get_mut(&member)
@@ -315,6 +329,16 @@ impl Table {
                     self.unplaced += 1;
                 }
             }
+        }
+    }
+
+    fn assigned(&self, assignment: v1::Assignment) {
+        let v1::Assignment { member, token, message: Some(message) } = assignment else { return };
+        // One that has left has said so: what it had is given to others.
+        let Some(membership) = self.members.get(&member) else { return };
+        if let Some(shard) = self.inner.shards().get(usize::from(membership.conn.shard)) {
+            let delivery = Arc::new(Delivery::new(message));
+            shard.post(Event::Share { conn: membership.conn, member, token, delivery });
         }
     }
 }

@@ -9,9 +9,9 @@ use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
-use tonic::Status;
 use v1::{saver_error, shares_down};
 
+use super::batches::{Batches, Outlet};
 use super::session::Session;
 use super::share::{MemberId, Share};
 use super::{HomeHandle, Shared};
@@ -26,9 +26,6 @@ const RETRY: Duration = Duration::from_millis(200);
 const REFRESH: Duration = Duration::from_secs(30);
 /// How long members whose stream was lost count as away at least: their gateway may be there, and comes back.
 const LOST_SECONDS: u32 = 30;
-
-/// To one gateway.
-pub type Outlet = mpsc::UnboundedSender<Result<v1::SharesDown, Status>>;
 
 pub enum Command {
     Join {
@@ -312,21 +309,24 @@ impl Home {
         }
     }
 
-    /// Hands out what can be, asks for what is to be read, and has the cursors moved.
-    fn act(&mut self) {
+    /// Gives members what they have room for: what goes to one gateway goes together.
+    fn hand_out(&mut self) {
         let mut assigned = Vec::new();
         self.share.assign(now_ms(), &mut assigned);
+        let mut batches = Batches::default();
         for one in assigned {
             let attempt = if one.again { "again" } else { "first" };
             self.shared.metrics.assigned.with_label_values(&[attempt]).inc();
-            let assignment =
-                v1::Assignment { member: one.to.1, token: one.token, message: Some(one.message) };
             if let Some(member) = self.members.get(&one.to) {
-                // A stream that is gone says so itself; what it had is given to others then.
-                let down = v1::SharesDown { body: Some(shares_down::Body::Assignment(assignment)) };
-                let _ = member.outlet.send(Ok(down));
+                batches.add(&member.outlet, one);
             }
         }
+        batches.send();
+    }
+
+    /// Hands out what can be, asks for what is to be read, and has the cursors moved.
+    fn act(&mut self) {
+        self.hand_out();
         self.shared.metrics.dropped.inc_by(std::mem::take(&mut self.share.dropped));
         self.show();
         if self.pause_until.is_some() {

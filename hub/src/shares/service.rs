@@ -11,7 +11,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Shared;
-use super::home::{Command, Outlet};
+use super::batches::Outlet;
+use super::home::Command;
 
 #[derive(Clone)]
 pub struct Service(pub Arc<Shared>);
@@ -100,13 +101,15 @@ async fn talk(
                     shared.tell(&key, Command::Leave { id: (stream, member), kept_seconds });
                 }
             }
-            Some(shares_up::Body::Settlement(settlement)) => {
-                let Some(key) = members.get(&settlement.member) else { continue };
-                let (id, token) = ((stream, settlement.member), settlement.token);
-                match settlement.outcome() {
-                    Outcome::Done => shared.tell(key, Command::Done { id, token }),
-                    Outcome::Busy => shared.tell(key, Command::Busy { id, token }),
-                    Outcome::Unspecified => {}
+            Some(shares_up::Body::Settlements(v1::Settlements { settlements })) => {
+                for settlement in settlements {
+                    let Some(key) = members.get(&settlement.member) else { continue };
+                    let (id, token) = ((stream, settlement.member), settlement.token);
+                    match settlement.outcome() {
+                        Outcome::Done => shared.tell(key, Command::Done { id, token }),
+                        Outcome::Busy => shared.tell(key, Command::Busy { id, token }),
+                        Outcome::Unspecified => {}
+                    }
                 }
             }
             Some(shares_up::Body::Ready(v1::MemberReady { member })) => {

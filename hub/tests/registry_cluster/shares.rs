@@ -1,5 +1,6 @@
 //! Shared subscriptions, seen from where two gateways and a publisher stand.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use carillon_hub::registry::OwnerClient;
@@ -20,6 +21,8 @@ const MOMENT: Duration = Duration::from_millis(300);
 struct Stream {
     up: mpsc::Sender<v1::SharesUp>,
     down: Streaming<v1::SharesDown>,
+    /// Came in one batch, and were not looked at yet.
+    batch: VecDeque<v1::Assignment>,
 }
 
 impl Stream {
@@ -29,7 +32,7 @@ impl Stream {
         up.send(v1::SharesUp { body: Some(shares_up::Body::Hello(hello)) }).await.unwrap();
         let mut client = v1::shares_client::SharesClient::connect(cluster.grpc_url()).await.unwrap();
         let down = client.serve(ReceiverStream::new(outbound)).await.unwrap().into_inner();
-        Stream { up, down }
+        Stream { up, down, batch: VecDeque::new() }
     }
 
     async fn say(&self, body: shares_up::Body) {
@@ -42,6 +45,7 @@ impl Stream {
     }
 
     async fn nothing(&mut self) {
+        assert!(self.batch.is_empty(), "unexpected: {:?}", self.batch);
         if let Ok(message) = tokio::time::timeout(MOMENT, self.down.message()).await {
             panic!("unexpected: {message:?}");
         }
@@ -62,18 +66,21 @@ impl Stream {
 
     /// The next message: for which member, by which token, its payload.
     async fn assigned(&mut self) -> (u64, u64, String) {
-        match self.next().await {
-            shares_down::Body::Assignment(v1::Assignment { member, token, message }) => {
-                let payload = message.unwrap().payload;
-                (member, token, String::from_utf8(payload.to_vec()).unwrap())
+        if self.batch.is_empty() {
+            match self.next().await {
+                shares_down::Body::Assignments(v1::Assignments { assignments }) => {
+                    self.batch.extend(assignments)
+                }
+                other => panic!("no message but {other:?}"),
             }
-            other => panic!("no message but {other:?}"),
         }
+        let v1::Assignment { member, token, message } = self.batch.pop_front().expect("no empty batches");
+        (member, token, String::from_utf8(message.unwrap().payload.to_vec()).unwrap())
     }
 
     async fn settle(&self, member: u64, token: u64, outcome: Outcome) {
-        let settlement = v1::Settlement { member, token, outcome: outcome.into() };
-        self.say(shares_up::Body::Settlement(settlement)).await;
+        let settlements = vec![v1::Settlement { member, token, outcome: outcome.into() }];
+        self.say(shares_up::Body::Settlements(v1::Settlements { settlements })).await;
     }
 
     /// The next messages, settled at once.
