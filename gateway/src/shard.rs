@@ -224,7 +224,7 @@ impl Shard {
             for event in &events {
                 match event.token() {
                     BELL => {}
-                    Token(token) if token >= LISTENERS => self.accept_again.push(token - LISTENERS),
+                    Token(token) if token >= LISTENERS => self.accept_later(token - LISTENERS),
                     Token(index) => {
                         let index = index as u32;
                         // Reading first: what a device said before it left counts, also if it takes nothing any more.

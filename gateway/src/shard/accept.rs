@@ -29,10 +29,17 @@ impl Shard {
 
     /// Closes the socket; who is in its queue is accepted before that.
     pub(super) fn unlisten(&mut self, id: usize) {
-        self.accept_again.push(id);
+        self.accept_later(id);
         self.accept_paused_until = None;
         self.accept(Instant::now());
         self.listeners.remove(&id);
+    }
+
+    /// A listener may have something to accept. Once is enough: while accepting pauses, it says so with each connection.
+    pub(super) fn accept_later(&mut self, listener: usize) {
+        if !self.accept_again.contains(&listener) {
+            self.accept_again.push(listener);
+        }
     }
 
     pub(super) fn accept(&mut self, present: Instant) {
