@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help dev console build test fmt lint bench million soak clean
+.PHONY: help dev console build test fmt lint bench million soak burst clean
 
 CARGO ?= cargo
 # Everything that is fetched or built outside of target/ and node_modules/.
@@ -49,6 +49,10 @@ million: ## Hold COUNT (1,000,000) connections on this machine, push to them, an
 soak: ## Hold 19,000 connections for MINUTES (60) with churn and traffic, and look for leaks and drift
 	@$(load-tools)
 	@exec target/release/soak --carillon $(or $(CARILLON),target/dist/carillon) --minutes $(or $(MINUTES),60) $(ARGS)
+
+burst: ## Cut COUNT (30,000) devices over two gateways off at once, and measure how they come back (ARGS="--kept", --help)
+	@$(load-tools)
+	@exec target/release/burst --carillon $(or $(CARILLON),target/dist/carillon) --count $(or $(COUNT),30000) $(ARGS)
 
 clean: ## Remove what was built (the data of `make dev` stays)
 	@$(CARGO) clean

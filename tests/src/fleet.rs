@@ -119,6 +119,8 @@ pub struct Plan {
     pub gateways: u32,
     /// Threads that hold connections, of each gateway.
     pub shards: u32,
+    /// Lifts the limits that one machine in the role of very many devices runs into.
+    pub lift_limits: bool,
     /// `field=value` of the `gateway` document.
     pub gateway_fields: Vec<String>,
 }
@@ -129,6 +131,7 @@ pub struct Fleet {
     pub gateways: Vec<Member>,
     /// What was changed in the `gateway` document.
     pub changed: Vec<String>,
+    plan: Plan,
     net: u8,
     api_key: String,
     http: reqwest::Client,
@@ -144,7 +147,7 @@ impl Fleet {
         let net = 16 + (std::process::id() % 200) as u8;
         let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build()?;
-        let keeper_url = format!("http://{}", SocketAddrV4::new(keeper_ip(net), GRPC_PORT));
+        let keeper_url = keeper_url(net);
 
         let mut command = role(plan, "keeper", &dir.path().join("keeper"), keeper_ip(net));
         command.arg("--grpc").arg(SocketAddrV4::new(keeper_ip(net), GRPC_PORT).to_string());
@@ -161,14 +164,15 @@ impl Fleet {
         let mut hub = Member::start("hub", command, dir.path().join("hub.log"))?;
         ready(&http, &mut hub, hub_ip(net)).await?;
 
-        let mut fleet = Fleet { keeper, hub, gateways: Vec::new(), changed, net, api_key, http, dir };
-        let indices: Vec<u32> = (0..plan.gateways).collect();
+        let plan = plan.clone();
+        let mut fleet = Fleet { keeper, hub, gateways: Vec::new(), changed, plan, net, api_key, http, dir };
+        let indices: Vec<u32> = (0..fleet.plan.gateways).collect();
         for indices in indices.chunks(STARTING) {
             for &index in indices {
                 let ip = gateway_ip(net, index);
                 let name = format!("gateway-{index}");
-                let mut command = role(plan, "gateway", &fleet.dir().join(&name), ip);
-                command.args(["--keeper", &keeper_url, "--shards", &plan.shards.to_string()]);
+                let mut command = role(&fleet.plan, "gateway", &fleet.dir().join(&name), ip);
+                command.args(["--keeper", &keeper_url, "--shards", &fleet.plan.shards.to_string()]);
                 command.arg("--mqtt").arg(SocketAddrV4::new(ip, MQTT_PORT).to_string());
                 command.arg("--ws").arg(SocketAddrV4::new(ip, WEBSOCKET_PORT).to_string());
                 let log = fleet.dir().join(format!("{name}.log"));
@@ -179,6 +183,13 @@ impl Fleet {
             }
         }
         Ok(fleet)
+    }
+
+    /// Changes the `gateway` document: `field=value`. The gateways follow within a second or two.
+    pub async fn set_gateway(&self, fields: &[String]) -> anyhow::Result<()> {
+        let arguments: Vec<&str> =
+            ["set", "gateway"].into_iter().chain(fields.iter().map(String::as_str)).collect();
+        config(&self.plan, &keeper_url(self.net), &arguments, "").await.map(drop)
     }
 
     /// Where the devices of a gateway connect to.
@@ -254,6 +265,10 @@ impl Drop for Fleet {
     }
 }
 
+fn keeper_url(net: u8) -> String {
+    format!("http://{}", SocketAddrV4::new(keeper_ip(net), GRPC_PORT))
+}
+
 fn keeper_ip(net: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, net, 0, 1)
 }
@@ -315,7 +330,8 @@ async fn configure(plan: &Plan, keeper: &str, api_key: &str) -> anyhow::Result<V
     });
     config(plan, keeper, &["set", &format!("app/{APP}"), "--file", "-"], &app.to_string()).await?;
     let known = config(plan, keeper, &["get", "gateway"], "").await?;
-    let fields: Vec<String> = LIFTED
+    let lifted: &[(&str, &str)] = if plan.lift_limits { &LIFTED } else { &[] };
+    let fields: Vec<String> = lifted
         .iter()
         // Documents are YAML: a field is a line.
         .filter(|(path, _)| {

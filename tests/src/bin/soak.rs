@@ -113,6 +113,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         carillon: args.carillon.clone(),
         gateways: 1,
         shards: args.shards,
+        lift_limits: true,
         gateway_fields: args.gateway_set.clone(),
     })
     .await?;

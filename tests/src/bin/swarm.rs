@@ -1,4 +1,4 @@
-//! `swarm`: a crowd of MQTT devices in one process; see `carillon_tests::swarm`. `million` and `soak` start it; by hand:
+//! `swarm`: a crowd of MQTT devices in one process; see `carillon_tests::swarm`. `million`, `soak` and `burst` start it; by hand:
 //! `(sleep 60; echo report; sleep 1) | swarm --gateway 127.0.0.1:1883 --count 1000`.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -32,6 +32,9 @@ struct Args {
     /// Of their subscriptions
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
     qos: u8,
+    /// Their sessions outlive their connections
+    #[arg(long)]
+    kept: bool,
     /// Keep-alive, seconds; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = 1200)]
     keep_alive: u16,
@@ -75,6 +78,7 @@ fn main() -> anyhow::Result<()> {
         first: args.first,
         version: args.version,
         qos: args.qos,
+        kept: args.kept,
         keep_alive: (args.keep_alive, longest),
         window: args.window,
         rate: args.rate,

@@ -124,6 +124,7 @@ impl Swarms {
             let report = swarm.report().await?;
             all.present += report.present;
             all.connect.add(&report.connect);
+            all.back.add(&report.back);
             all.broadcast.add(&report.broadcast);
             all.unicast.add(&report.unicast);
         }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::RawFd;
 
-use super::status::{HALT, REPORT, RESET, Report, Status};
+use super::status::{CUT, HALT, REPORT, RESET, Report, Status};
 use super::sys::{self, Epoll, Event, READABLE, WRITABLE};
 use super::wheel::{Entry, Wheel};
 
@@ -38,6 +38,8 @@ pub struct Options {
     pub version: u8,
     /// Of the subscriptions to the inbox and to `all`.
     pub qos: u8,
+    /// Their sessions outlive their connections, and are gone on with.
+    pub kept: bool,
     /// Each device has one between these, seconds; 0: no keep-alive.
     pub keep_alive: (u16, u16),
     /// Most devices between connect and SUBACK.
@@ -97,6 +99,8 @@ pub struct Crowd {
     told_ms: u64,
     /// Since when every connection has failed.
     failing_ms: Option<u64>,
+    /// When all connections were cut; those that come back are timed from here.
+    cut_ms: Option<u64>,
     /// Connections that churn owes.
     churn_due: f64,
     churned_ms: u64,
@@ -124,6 +128,7 @@ impl Crowd {
             stdin_ended: false,
             told_ms: 0,
             failing_ms: None,
+            cut_ms: None,
             churn_due: 0.0,
             churned_ms: 0,
             random: options.first.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
@@ -308,6 +313,7 @@ impl Crowd {
                 }
                 Ok(RESET) => self.report = Report::default(),
                 Ok(HALT) => self.halted = true,
+                Ok(CUT) => self.cut(),
                 other => return Err(io::Error::other(format!("no such command: {other:?}"))),
             }
         }

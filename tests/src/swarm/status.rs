@@ -12,6 +12,9 @@ pub const REPORT: &str = "report";
 pub const HALT: &str = "halt";
 /// Forget the latencies and deliveries so far.
 pub const RESET: &str = "reset";
+/// End every connection at once, as a network does that fails, and make all of them again at once; from now on as many as
+/// there are may be between connect and SUBACK.
+pub const CUT: &str = "cut";
 
 /// A line on stdout.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -32,6 +35,8 @@ pub struct Status {
     pub lost: BTreeMap<String, u64>,
     /// Connections that this swarm ended, to connect again.
     pub churned: u64,
+    /// Connections that `cut` ended.
+    pub cut: u64,
     pub pings: u64,
     pub pongs: u64,
     pub silent: Silent,
@@ -72,6 +77,8 @@ pub struct Report {
     pub present: u32,
     /// From connect to SUBACK.
     pub connect: Histogram,
+    /// From the last `cut` to SUBACK, with all that was tried in vain in between.
+    pub back: Histogram,
     pub broadcast: Received,
     pub unicast: Received,
 }

@@ -99,6 +99,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         carillon: args.carillon.clone(),
         gateways,
         shards: args.shards,
+        lift_limits: true,
         gateway_fields: args.gateway_set.clone(),
     };
     let fleet = Fleet::start(&plan).await?;

@@ -42,6 +42,28 @@ impl Crowd {
         }
     }
 
+    /// Ends every connection that is there, and begins to make all of them again before it looks at anything else.
+    pub(super) fn cut(&mut self) {
+        let now = self.now_ms();
+        self.cut_ms = Some(now);
+        self.options.window = u32::MAX;
+        self.status.settled = false;
+        let ready: Vec<u32> =
+            (0..self.next).filter(|&index| self.devices[index as usize].state == State::Ready).collect();
+        for &index in &ready {
+            let device = &mut self.devices[index as usize];
+            let fd = std::mem::replace(&mut device.fd, -1);
+            device.state = State::Closed;
+            device.rest = None;
+            self.status.ready -= 1;
+            self.status.cut += 1;
+            sys::close(fd, true);
+        }
+        for index in ready {
+            self.connect(index, self.now_ms());
+        }
+    }
+
     /// Pings, and connects again.
     pub(super) fn due(&mut self, now: u64) {
         while let Some(entries) = self.wheel.due(now) {
@@ -96,7 +118,12 @@ impl Crowd {
                 return;
             }
             let name = format!("d{}", self.options.first + u64::from(index));
-            let packet = mqtt::connect(self.options.version, &name, self.keep_alive(index));
+            let (version, keep_alive) = (self.options.version, self.keep_alive(index));
+            let packet = if self.options.kept {
+                mqtt::Connect { keep_alive, ..mqtt::Connect::kept(version, &name) }.bytes()
+            } else {
+                mqtt::connect(version, &name, keep_alive)
+            };
             if index < self.options.silent {
                 self.devices[index as usize].since_ms = self.now_ms() as u32;
             }
@@ -237,6 +264,9 @@ impl Crowd {
         let device = &mut self.devices[index as usize];
         device.state = State::Ready;
         self.report.connect.record(now.saturating_sub(u64::from(device.since_ms)) * 1000);
+        if let Some(cut_ms) = self.cut_ms {
+            self.report.back.record((now - cut_ms) * 1000);
+        }
         self.status.pending -= 1;
         self.status.ready += 1;
         self.status.connects += 1;
