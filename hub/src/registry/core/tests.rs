@@ -226,6 +226,20 @@ fn messages_are_released_in_order_whatever_the_order_of_answers() {
 }
 
 #[test]
+fn a_topic_with_nothing_to_release_keeps_no_room_for_messages() {
+    let mut bench = Bench::new();
+    bench.attach_complete(GATEWAY, "g1");
+    bench.load(GATEWAY, TOPIC, 0);
+    let room = |bench: &Bench| bench.core.slots[&slot_of(TOPIC)].topics[TOPIC].pending.capacity();
+    assert_eq!(bench.publish(TOPIC, 1), ["append 3:1"]);
+    assert!(room(&bench) > 0);
+    assert_eq!(bench.answer(appended(0)), ["deliver 1 prev 0 to [1]", "reply 1 3:1"]);
+    assert_eq!(room(&bench), 0);
+    assert_eq!(bench.publish(TOPIC, 0), ["deliver 2 prev 1 to [1]", "reply 2 3:2"]);
+    assert_eq!(room(&bench), 0);
+}
+
+#[test]
 fn a_failed_append_burns_its_number() {
     let mut bench = Bench::new();
     bench.attach_complete(GATEWAY, "g1");
