@@ -277,7 +277,8 @@ pub fn resolve(app: &str, is_root: bool, written: &str) -> Option<(String, bool)
     if topic::app_of(written) == app {
         Some((written.to_owned(), false))
     } else if is_root {
-        Some((format!("{app}/{written}"), true))
+        // Not `format!`: this is done for each SUBSCRIBE and PUBLISH.
+        Some(([app, "/", written].concat(), true))
     } else {
         None
     }

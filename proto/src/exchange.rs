@@ -309,7 +309,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 fn next_batch<P: Protocol>(outgoing: &mut VecDeque<P::Request>) -> Vec<P::Request> {
-    let mut batch = Vec::new();
+    let mut batch = Vec::with_capacity(outgoing.len());
     let mut bytes = 0;
     while let Some(request) = outgoing.front() {
         bytes += P::bytes(request) + 8;
@@ -354,12 +354,14 @@ async fn converse<P: Protocol>(
                 continue;
             }
             let Call { mut request, answer, deadline } = call;
-            let correlation = *next_correlation;
-            *next_correlation += 1;
-            P::set_correlation(&mut request, correlation);
+            // What nobody waits for has none: it may be left unanswered.
+            let mut correlation = 0;
             if let Some(answer) = answer {
+                correlation = *next_correlation;
+                *next_correlation += 1;
                 waiting.insert(correlation, (answer, deadline));
             }
+            P::set_correlation(&mut request, correlation);
             outgoing.push_back(request);
         }
         tokio::select! {

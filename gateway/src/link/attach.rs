@@ -227,7 +227,7 @@ impl Stream {
         let request = self.next_request;
         self.next_request += 1;
         let wire = routes.iter().map(|(filter, present, last)| v1::Route {
-            filter: filter.to_string(),
+            filter: String::from(&**filter),
             present: *present,
             last: *last,
         });

@@ -90,7 +90,6 @@ impl Shard {
         settings: &Arc<Settings>,
     ) -> io::Result<()> {
         let Some(source) = self.enter(address, settings.proxy_protocol) else { return Ok(()) };
-        stream.set_nodelay(true).inspect_err(|_| self.shared.admission.leave(source))?;
         self.next_generation = self.next_generation.wrapping_add(1);
         let generation = self.next_generation;
         let entry = self.conns.vacant_entry();

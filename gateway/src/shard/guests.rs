@@ -93,9 +93,9 @@ impl Session {
 
     pub fn who_ref(&self, who: Who<'_>) -> v1::SessionRef {
         v1::SessionRef {
-            app: who.app.to_string(),
+            app: String::from(&**who.app),
             user: who.user.to_owned(),
-            client_id: self.client_id.to_string(),
+            client_id: String::from(&*self.client_id),
         }
     }
 

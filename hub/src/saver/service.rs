@@ -209,6 +209,10 @@ impl Stream {
                     Some(waiting) => waiting.push_back((correlation, op)),
                     // A device that keeps nothing and has nothing kept, as most do when they connect.
                     None if forgets_nothing(&*self.store, &op) => {
+                        if correlation == 0 {
+                            self.in_flight -= 1;
+                            return;
+                        }
                         let nothing = Reply::SessionOpened(v1::SessionOpened::default());
                         self.outgoing.push_back((0, reply(correlation, Ok(nothing))));
                     }

@@ -110,7 +110,8 @@ impl Sessions {
     ) {
         let Some(name) = change.session.clone() else { return };
         let inbox = topic::inbox(&name.app, &name.user);
-        let gateway = routing.get(receiver).map(|attached| attached.instance.to_string()).unwrap_or_default();
+        let gateway =
+            routing.get(receiver).map(|attached| String::from(&*attached.instance)).unwrap_or_default();
         if !change.online {
             let Some(user) = self.users.get_mut(inbox.as_str()) else { return };
             let place = user.iter().position(|session| {
