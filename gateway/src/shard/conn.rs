@@ -305,7 +305,6 @@ mod tests {
             ("who holds the session", size_of::<(u128, (ConnId, u64))>()),
         ];
         let all: usize = parts.iter().map(|(_, bytes)| bytes).sum();
-        println!("{all} bytes: {parts:?}");
         assert!(all <= 600, "{parts:?}");
     }
 }
