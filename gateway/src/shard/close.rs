@@ -14,6 +14,10 @@ use crate::event::{ConnId, KickReason};
 /// How long the will of a device that was sent to another gateway waits for it to arrive there, at least.
 const MOVED_WILL_SECONDS: u32 = 30;
 
+/// Sockets of a shard kept until their devices have heard why they were disconnected, those of a drain aside: it keeps its
+/// own rate, and strangers must not be able to fill the table of open files.
+const MAX_LINGERING: usize = 256;
+
 /// Why a connection ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
@@ -177,7 +181,10 @@ impl Shard {
         self.shared.admission.leave(conn.source);
         // A member of a share is replaced at once by others.
         let parks = self.parks(&conn, &why) && !self.memberships.contains_key(&index);
-        if matches!(why, Reason::Moved { .. }) {
+        // Closed at once, what the device has still sent would be answered by a reset, which can overtake the DISCONNECT.
+        let was_told = conn.phase == Phase::Live && conn.version == Version::V5 && why.code().is_some();
+        let has_room = self.lingering.len() < MAX_LINGERING;
+        if matches!(why, Reason::Moved { .. }) || (was_told && has_room) {
             self.linger(conn.stream);
         }
 

@@ -12,9 +12,13 @@ use super::publishing::Publishing;
 use super::timers::{Entry, TICK, ticks};
 use crate::auth::{self, Admitted, Refusal};
 use crate::codec::{self, ConnAckProperties, Connect, DecodeError, Version, reason};
+use crate::config::GatewayConfig;
 use crate::delivery::session_key;
 use crate::event::ConnId;
 use crate::link::SaverFailure;
+
+/// No CONNACK that accepts is longer, assigned client ids included.
+const CONNACK_BYTES: usize = 128;
 
 impl Shard {
     pub(super) fn connect(&mut self, index: u32, connect: &Connect<'_>) {
@@ -48,8 +52,12 @@ impl Shard {
                 return self.refuse(index, reason, if is_short { &text } else { "" });
             }
         };
-        self.not_pending();
         let session = self.session(index, connect, admitted, will);
+        if !self.takes_connack(&session) {
+            self.shared.admission.leave_app(&session.app);
+            return self.refuse(index, reason::PACKET_TOO_LARGE, "");
+        }
+        self.not_pending();
         let (key, connection) = (session.key, session.connection);
         let conn = &mut self.conns[index as usize];
         conn.session = Some(Box::new(session));
@@ -268,29 +276,34 @@ impl Shard {
         }
     }
 
+    /// Is the CONNACK to come one that the device takes? What it says may not be left out, so it is not said at all
+    /// (MQTT 5.0 §3.1.2.11.4).
+    fn takes_connack(&mut self, session: &Session) -> bool {
+        let Some(opening) = &session.opening else { return true };
+        if session.may_be_sent(CONNACK_BYTES) {
+            return true;
+        }
+        self.scratch.clear();
+        let properties = connack_properties(&self.config, session, opening);
+        codec::connack(&mut self.scratch, Version::V5, false, reason::SUCCESS, &properties);
+        session.may_be_sent(self.scratch.len())
+    }
+
     /// Sends the CONNACK; the device is online.
     pub(super) fn accept_connect(&mut self, index: u32) {
         let config = self.config.clone();
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         let Some(opening) = session.opening.take() else { return };
-        let max = config.max_keep_alive_seconds;
-        let overruled = max > 0 && (opening.requested_keep_alive == 0 || opening.requested_keep_alive > max);
-        conn.keep_alive =
-            if overruled && conn.version == Version::V5 { max } else { opening.requested_keep_alive };
+        let overruling = overruling_keep_alive(&config, &opening);
+        conn.keep_alive = match overruling {
+            Some(max) if conn.version == Version::V5 => max,
+            _ => opening.requested_keep_alive,
+        };
         conn.phase = Phase::Live;
         conn.last_read = self.now;
         session.is_online = true;
-        let properties = ConnAckProperties {
-            session_expiry: (session.expiry_seconds != opening.requested_expiry)
-                .then_some(session.expiry_seconds),
-            receive_maximum: Some(config.receive_maximum),
-            maximum_packet_size: Some(config.max_packet_bytes),
-            topic_alias_maximum: session.alias_offered,
-            assigned_client_id: opening.is_client_id_assigned.then_some(&*session.client_id),
-            server_keep_alive: overruled.then_some(max),
-            ..ConnAckProperties::default()
-        };
+        let properties = connack_properties(&config, session, &opening);
         self.scratch.clear();
         codec::connack(
             &mut self.scratch,
@@ -339,6 +352,29 @@ impl Shard {
         let Some(version) = answer_in else { return self.close(index, Reason::Malformed) };
         self.conns[index as usize].version = version;
         self.refuse(index, error.reason_code(), &error.to_string());
+    }
+}
+
+/// Server Keep Alive, if it is not the device's own.
+fn overruling_keep_alive(config: &GatewayConfig, opening: &OpeningConnect) -> Option<u16> {
+    let (max, asked) = (config.max_keep_alive_seconds, opening.requested_keep_alive);
+    (max > 0 && (asked == 0 || asked > max)).then_some(max)
+}
+
+fn connack_properties<'a>(
+    config: &GatewayConfig,
+    session: &'a Session,
+    opening: &OpeningConnect,
+) -> ConnAckProperties<'a> {
+    ConnAckProperties {
+        session_expiry: (session.expiry_seconds != opening.requested_expiry)
+            .then_some(session.expiry_seconds),
+        receive_maximum: Some(config.receive_maximum),
+        maximum_packet_size: Some(config.max_packet_bytes),
+        topic_alias_maximum: session.alias_offered,
+        assigned_client_id: opening.is_client_id_assigned.then_some(&*session.client_id),
+        server_keep_alive: overruling_keep_alive(config, opening),
+        ..ConnAckProperties::default()
     }
 }
 

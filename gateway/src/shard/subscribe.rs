@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use carillon_proto::{share, topic, v1};
 
+use super::close::Reason;
 use super::conn::{Conn, PendingEntry, PendingSubscribe};
 use super::timers::ticks;
 use super::topics::{Sub, SubOptions, SubRef, TopicId};
@@ -260,7 +261,9 @@ impl Shard {
             self.scratch.clear();
             let version = self.conns[index as usize].version;
             codec::suback(&mut self.scratch, version, packet_id, &codes);
-            self.reply(index);
+            if !self.reply_if_taken(index) {
+                return;
+            }
         }
         for (topic, options, identifier, granted, passed) in installed {
             for delivery in &granted.retained {
@@ -272,6 +275,19 @@ impl Shard {
         if was_paused && self.conns.get(index as usize).is_some_and(|conn| conn.generation == id.generation) {
             self.resume(index);
         }
+    }
+
+    /// Sends an answer that is as long as the device's question. One that is longer than it takes may not be sent
+    /// (MQTT 5.0 §3.1.2.11.4), and without it neither side knows where it stands: that ends the connection.
+    fn reply_if_taken(&mut self, index: u32) -> bool {
+        let bytes = self.scratch.len();
+        if self.conns[index as usize].session.as_ref().is_none_or(|session| session.may_be_sent(bytes)) {
+            self.reply(index);
+            return true;
+        }
+        let text = format!("the answer of {bytes} bytes is larger than the device's maximum packet size");
+        self.close(index, Reason::ProtocolError { reason: reason::PACKET_TOO_LARGE, text });
+        false
     }
 
     /// What was sent on the session's last connection is not read from the logs again: it is finished, or in flight.
@@ -387,8 +403,7 @@ impl Shard {
         self.scratch.clear();
         codec::unsuback(&mut self.scratch, conn.version, packet_id, &codes);
         let was_paused = conn.is_paused;
-        self.reply(index);
-        if was_paused {
+        if self.reply_if_taken(index) && was_paused {
             self.resume(index);
         }
     }
