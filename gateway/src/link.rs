@@ -8,6 +8,7 @@ mod publish;
 mod saver;
 mod shares;
 mod subscribe;
+mod untold;
 mod wills;
 
 use std::collections::HashMap;
@@ -57,6 +58,8 @@ pub(crate) struct Inner {
     pub(crate) metrics: Metrics,
     shards: OnceLock<Vec<ShardHandle>>,
     saver: ArcSwapOption<Exchange<Saving>>,
+    /// What the saver has to hear of sessions, and has not answered yet.
+    untold: untold::Untold,
     registries: RwLock<HashMap<Arc<str>, Registry>>,
     slots: ArcSwap<SlotMap>,
     /// The newest epoch known of each slot: older deliveries come from a deposed owner.
@@ -123,6 +126,7 @@ impl Link {
             metrics,
             shards: OnceLock::new(),
             saver: ArcSwapOption::empty(),
+            untold: untold::Untold::default(),
             registries: RwLock::default(),
             slots: ArcSwap::default(),
             epochs: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),

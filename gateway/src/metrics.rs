@@ -17,6 +17,8 @@ pub const ATTACHED: &str = "carillon_gateway_registries_attached";
 pub const ATTACH_OVERFLOWS: &str = "carillon_gateway_attach_overflows_total";
 pub const STALE_EPOCH: &str = "carillon_gateway_stale_epoch_messages_total";
 pub const SAVER_UNSENT: &str = "carillon_gateway_saver_unsent_total";
+pub const SAVER_UNTOLD: &str = "carillon_gateway_saver_untold_sessions";
+pub const SAVER_GIVEN_UP: &str = "carillon_gateway_saver_given_up_total";
 pub const TIMER_ENTRIES: &str = "carillon_gateway_timer_entries";
 pub const LOG_READS: &str = "carillon_gateway_log_reads_total";
 pub const LISTENERS: &str = "carillon_gateway_listener_open_state";
@@ -63,6 +65,8 @@ pub struct Metrics {
     pub attach_overflows: IntCounter,
     pub stale_epoch: IntCounter,
     pub saver_unsent: IntCounter,
+    pub saver_untold: IntGauge,
+    pub saver_given_up: IntCounter,
     pub log_reads: IntCounter,
     /// By listener and protocol: 1 while it accepts, 0 while something is in its way.
     pub listeners: IntGaugeVec,
@@ -150,7 +154,12 @@ impl Metrics {
                 "Announcements lost because a registry did not take them",
             )?,
             stale_epoch: counter(STALE_EPOCH, "Messages refused because they came from a deposed owner")?,
-            saver_unsent: counter(SAVER_UNSENT, "Acks and closings that could not be sent to a saver")?,
+            saver_unsent: counter(SAVER_UNSENT, "Acks that could not be sent to a saver")?,
+            saver_untold: gauge(SAVER_UNTOLD, "Ends of sessions that the saver has not answered yet")?,
+            saver_given_up: counter(
+                SAVER_GIVEN_UP,
+                "Ends of sessions that were told no more because the saver did not answer in time, or too many were untold",
+            )?,
             log_reads: counter(LOG_READS, "Reads of topic logs for devices that were behind")?,
             listeners: gauges(
                 LISTENERS,

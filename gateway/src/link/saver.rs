@@ -12,7 +12,7 @@ use super::{Link, OWNER_WAIT};
 use crate::event::{ConnId, Event};
 
 /// Between two tries to reach a saver.
-const SAVER_RETRY: std::time::Duration = std::time::Duration::from_millis(100);
+pub(super) const SAVER_RETRY: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// Why the saver did not do it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -63,8 +63,8 @@ impl Link {
         }
     }
 
-    /// Queues a request whose answer changes nothing here.
-    fn tell(&self, op: Op) {
+    /// Queues a request whose answer changes nothing here, and whose loss is mended by itself.
+    pub(super) fn tell(&self, op: Op) {
         let sent = match self.inner.saver.load().as_ref() {
             Some(saver) => saver.send(SaverRequest { correlation: 0, op: Some(op) }).is_ok(),
             None => false,
@@ -74,42 +74,70 @@ impl Link {
         }
     }
 
+    /// Posts an answer to the shard that asked.
     pub(super) fn answer(&self, conn: ConnId, event: Event) {
         self.shard(conn.shard as usize).post(event);
     }
 
     /// Answered by [`Event::Opened`].
-    pub fn open_session(&self, conn: ConnId, session: v1::SessionRef, open: v1::OpenSession) {
-        let asked = self.ask(Op::OpenSession(open));
-        let link = self.clone();
-        self.inner.runtime.spawn(async move {
-            let result = asked.await.and_then(|reply| match reply {
-                Reply::SessionOpened(opened) => Ok(opened),
-                other => Err(unexpected("OpenSession", &other)),
+    pub fn open_session(&self, conn: ConnId, key: u128, open: v1::OpenSession) {
+        let session = open.session.clone().unwrap_or_default();
+        let expiry_seconds = open.expiry_seconds;
+        let begin = move |link: &Link, may: bool| {
+            let asked = may.then(|| link.ask(Op::OpenSession(open)));
+            let link = link.clone();
+            link.inner.runtime.clone().spawn(async move {
+                let result = match asked {
+                    Some(asked) => link.opened(key, &session, expiry_seconds, asked.await).await,
+                    None => Err(SaverFailure::Unavailable("the session's end is not told yet".to_owned())),
+                };
+                link.answer(conn, Event::Opened { conn, session, result });
             });
-            link.answer(conn, Event::Opened { conn, session, result });
-        });
+        };
+        self.after_told(key, begin);
     }
 
-    /// Nothing is to be kept for this session any more.
-    pub fn forget_session(&self, open: v1::OpenSession) {
-        self.tell(Op::OpenSession(open));
+    /// The saver is to forget the identifiers that the device has not released before it can release one and use it for
+    /// another message (SessionOpened.delivery). The restoring of subscriptions makes it, if there are any.
+    async fn opened(
+        &self,
+        key: u128,
+        session: &v1::SessionRef,
+        expiry_seconds: u32,
+        answer: Result<Reply, SaverFailure>,
+    ) -> Result<v1::SessionOpened, SaverFailure> {
+        let opened = match answer? {
+            Reply::SessionOpened(opened) => opened,
+            other => return Err(unexpected("OpenSession", &other)),
+        };
+        let has_received = opened.delivery.as_ref().is_some_and(|delivery| !delivery.received.is_empty());
+        if has_received && opened.subscriptions.is_empty() {
+            let (session, attachment) = (Some(session.clone()), opened.attachment);
+            let taken_up = v1::Ack { session: session.clone(), attachment, positions: Vec::new() };
+            if let Err(error) = self.ask(Op::Ack(taken_up)).await {
+                let (sent, delivery) = (Vec::new(), opened.delivery);
+                let close = v1::CloseSession { session, attachment, expiry_seconds, sent, delivery };
+                self.close_session(key, close);
+                return Err(error);
+            }
+        }
+        Ok(opened)
     }
 
     pub fn ack(&self, ack: v1::Ack) {
         self.tell(Op::Ack(ack));
     }
 
-    pub fn close_session(&self, close: v1::CloseSession) {
-        self.tell(Op::CloseSession(close));
-    }
-
     /// Resolves when all that was told to the saver before has been carried out.
     pub fn flushed(&self) -> oneshot::Receiver<()> {
         let (done, flushed) = oneshot::channel();
         let asked = self.ask(Op::Heads(v1::Heads { topics: Vec::new() }));
+        let link = self.clone();
         self.inner.runtime.spawn(async move {
             let _ = asked.await;
+            while !link.inner.untold.is_empty() {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
             let _ = done.send(());
         });
         flushed

@@ -267,12 +267,13 @@ impl Shard {
             sent.clone_from(&opening.sent);
         }
         let received = session.publishing.take().map(|publishing| publishing.state()).unwrap_or_default();
-        self.link.close_session(v1::CloseSession {
+        let close = v1::CloseSession {
             session: Some(session.session_ref()),
             attachment,
             expiry_seconds: session.expiry_seconds,
             sent: sent.clone(),
             delivery: Some(v1::DeliveryState { in_flight, sent, received }),
-        });
+        };
+        self.link.close_session(session.key, close);
     }
 }

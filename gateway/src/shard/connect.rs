@@ -208,15 +208,16 @@ impl Shard {
             } else {
                 session.expiry_seconds.max(1)
             },
+            connected_ms: session.since_ms,
         };
+        let key = session.key;
         if open.clean_start && open.expiry_seconds == 0 {
             // Nothing to wait for: whatever there was is forgotten.
-            self.link.forget_session(open);
+            self.link.forget_session(key, open);
             self.accept_connect(index);
         } else {
             conn.is_paused = true;
-            let session = session.session_ref();
-            self.link.open_session(id, session, open);
+            self.link.open_session(id, key, open);
         }
     }
 
@@ -238,13 +239,15 @@ impl Shard {
             if let Ok(opened) = result
                 && opened.kept
             {
-                self.link.close_session(v1::CloseSession {
+                let key = session_key(&session.app, &session.user, &session.client_id);
+                let close = v1::CloseSession {
                     session: Some(session),
                     attachment: opened.attachment,
                     expiry_seconds: self.config.default_session_expiry_seconds,
                     sent: Vec::new(),
                     delivery: opened.delivery,
-                });
+                };
+                self.link.close_session(key, close);
             }
             return;
         };

@@ -165,6 +165,7 @@ impl AppTask {
             incarnation: self.shared.incarnation,
             clean_start: false,
             expiry_seconds: NEVER,
+            connected_ms: 0,
         };
         match self.shared.directory.ask_saver(saver_request::Op::OpenSession(open)).await? {
             saver_reply::Result::SessionOpened(opened) => {

@@ -63,7 +63,8 @@ macro_rules! saver_conformance {
             unkept_sessions_are_told_positions, a_wildcard_has_what_came_after_it, a_moved_session_is_refused,
             a_record_beside_a_session_is_written_by_who_has_it,
             a_clean_start_forgets, without_expiry_nothing_is_kept, sessions_expire, a_session_may_never_expire,
-            what_was_sent_is_told, delivery_state_is_told_once, unsubscribing_forgets_the_cursor, subscribing_again_keeps_the_cursor,
+            what_was_sent_is_told, delivery_state_is_told_until_it_is_taken_up,
+            what_comes_late_ends_no_later_session, unsubscribing_forgets_the_cursor, subscribing_again_keeps_the_cursor,
             qos_0_owes_nothing, sessions_survive_reopening, a_gateway_that_is_gone_is_closed_for,
             overlapping_subscriptions_share_a_cursor, acks_survive_a_stop
         }
@@ -162,6 +163,7 @@ async fn open(store: &Arc<dyn Store>, client_id: &str) -> v1::SessionOpened {
         incarnation: 1,
         clean_start: false,
         expiry_seconds: 3600,
+        connected_ms: 0,
     };
     store.open_session(open).await.expect("a session opens")
 }

@@ -48,6 +48,7 @@ impl Session {
             incarnation: self.shared.incarnation,
             clean_start: false,
             expiry_seconds: ORPHAN_EXPIRY_SECONDS,
+            connected_ms: 0,
         });
         match directory.ask_saver(open).await? {
             saver_reply::Result::SessionOpened(opened) => self.attachment = opened.attachment,

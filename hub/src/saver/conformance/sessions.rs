@@ -246,7 +246,7 @@ pub async fn what_was_sent_is_told(ground: Ground) {
     assert_eq!(sent, [(NEWS, 2, 4), ("demo/wild/x", 0, 3)]);
 }
 
-pub async fn delivery_state_is_told_once(ground: Ground) {
+pub async fn delivery_state_is_told_until_it_is_taken_up(ground: Ground) {
     let store = ground.open().await;
     let first = open(&store, "c1").await;
     assert_eq!(first.delivery, None, "a new session has none");
@@ -281,9 +281,20 @@ pub async fn delivery_state_is_told_once(ground: Ground) {
     let store = ground.reopen(store).await;
     let second = open(&store, "c1").await;
     assert_eq!(second.delivery, Some(state.clone()));
-    // That gateway was killed: what it has done with it nobody knows.
+    // That gateway was killed before it had done anything with it.
     let third = open(&store, "c1").await;
-    assert_eq!((third.present, third.delivery), (true, None));
+    assert_eq!((third.present, third.delivery), (true, Some(state.clone())));
+    has_moved(try_ack(&store, "c1", second.attachment, NEWS, 1).await);
+    let store = ground.reopen(store).await;
+    // Any operation shows that it goes on from there: identifiers may stand for other messages from then on.
+    let nothing = v1::Ack { session: session("c1"), attachment: third.attachment, positions: Vec::new() };
+    store.ack(nothing).await.unwrap();
+    let fourth = open(&store, "c1").await;
+    let rest = v1::DeliveryState { received: Vec::new(), ..state.clone() };
+    assert_eq!(fourth.delivery, Some(rest), "what was in flight is so until a device has acknowledged something");
+    subscribe(&store, "c1", fourth.attachment, &[NEWS]).await;
+    fill(&store, NEWS, 1..=2).await;
+    ack(&store, "c1", fourth.attachment, NEWS, 1).await;
     let store = ground.reopen(store).await;
     let fourth = open(&store, "c1").await;
     assert_eq!((fourth.present, fourth.delivery), (true, None));
@@ -301,6 +312,30 @@ pub async fn delivery_state_is_told_once(ground: Ground) {
         ..Default::default()
     };
     assert_eq!(store.open_session(clean).await.unwrap().delivery, None);
+}
+
+pub async fn what_comes_late_ends_no_later_session(ground: Ground) {
+    let store = ground.open().await;
+    let connected = |connected_ms, expiry_seconds| v1::OpenSession {
+        session: session("c1"),
+        clean_start: expiry_seconds == 0,
+        expiry_seconds,
+        connected_ms,
+        ..v1::OpenSession::default()
+    };
+    let first = store.open_session(connected(1000, 60)).await.unwrap();
+    let second = store.open_session(connected(3000, 60)).await.unwrap();
+    let store = ground.reopen(store).await;
+    // The first gateway could not tell the saver before: neither that the connection ended, expiry 0, …
+    let close = v1::CloseSession { attachment: first.attachment, session: session("c1"), ..Default::default() };
+    has_moved(store.close_session(close).await);
+    // … nor that a device of its wanted nothing kept, at 2000.
+    has_moved(store.open_session(connected(2000, 0)).await);
+    let third = open(&store, "c1").await;
+    assert!(third.present && third.attachment > second.attachment);
+    // Opened by somebody who does not say when, and a later wish.
+    assert!(!store.open_session(connected(4000, 0)).await.unwrap().kept);
+    assert!(!open(&store, "c1").await.present);
 }
 
 pub async fn unsubscribing_forgets_the_cursor(ground: Ground) {
@@ -399,6 +434,7 @@ pub async fn a_gateway_that_is_gone_is_closed_for(ground: Ground) {
             incarnation,
             clean_start: false,
             expiry_seconds: 60,
+            connected_ms: 0,
         };
         store.open_session(open).await.unwrap();
     };

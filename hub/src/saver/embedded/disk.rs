@@ -87,6 +87,8 @@ pub struct SessionRecord {
     pub presumed_closed: bool,
     #[prost(message, optional, tag = "11")]
     pub delivery: Option<v1::DeliveryState>,
+    #[prost(uint64, tag = "12")]
+    pub connected_ms: u64,
 }
 
 pub fn log_key(topic: TopicId, seq: u64) -> [u8; 12] {
@@ -359,6 +361,7 @@ fn session_of(record: SessionRecord) -> Session {
             .collect(),
         cursors: Vec::new(),
         delivery: record.delivery.map(Box::new),
+        connected_ms: record.connected_ms,
     }
 }
 
@@ -391,5 +394,6 @@ pub fn session_record(session: &Session) -> SessionRecord {
         baselines: session.subscriptions.iter().map(|held| held.baseline).collect(),
         presumed_closed: session.presumed_closed,
         delivery: session.delivery.as_deref().cloned(),
+        connected_ms: session.connected_ms,
     }
 }

@@ -83,8 +83,10 @@ pub struct Session {
     pub subscriptions: Vec<Subscribed>,
     /// Ordered by topic.
     pub cursors: Vec<Cursor>,
-    /// What its last gateway left for its next one.
+    /// What its last gateway left for its next one, which has not gone on from there yet.
     pub delivery: Option<Box<v1::DeliveryState>>,
+    /// When the device that it was last opened for connected, by its gateway's clock, Unix milliseconds.
+    pub connected_ms: u64,
 }
 
 impl Session {

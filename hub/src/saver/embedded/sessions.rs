@@ -44,6 +44,11 @@ impl Planner<'_> {
         let mut kept = self.index.session_ids.get(name.as_str()).copied();
         if let Some(id) = kept {
             let expires = self.index.sessions.get(&id).map_or(0, Session::expires_ms);
+            let connected_ms = self.index.sessions.get(&id).map_or(0, |session| session.connected_ms);
+            let is_late = open.connected_ms != 0 && connected_ms > open.connected_ms;
+            if open.expiry_seconds == 0 && is_late {
+                return Err(StoreError::SessionMoved);
+            }
             let expired = expires != 0 && expires <= self.now_ms;
             if expired || open.clean_start || open.expiry_seconds == 0 {
                 self.forget_session(id)?;
@@ -63,7 +68,8 @@ impl Planner<'_> {
             session.open = true;
             session.presumed_closed = false;
             session.expiry_seconds = open.expiry_seconds;
-            session.delivery.take()
+            session.connected_ms = open.connected_ms;
+            session.delivery.clone()
         };
         let id = kept.unwrap_or(attachment);
         let mut delivery = None;
@@ -82,6 +88,7 @@ impl Planner<'_> {
                 subscriptions: Vec::new(),
                 cursors: Vec::new(),
                 delivery: None,
+                connected_ms: 0,
             };
             attach(&mut session);
             self.index.add_session(id, session);
@@ -200,6 +207,14 @@ impl Planner<'_> {
             0 => None,
             attachment => Some(self.attached(ack.session.as_ref(), attachment)?),
         };
+        if let Some(id) = id
+            && !ack.positions.is_empty()
+            && self.index.sessions.get(&id).is_some_and(|session| session.delivery.is_some())
+        {
+            // Messages were sent and acknowledged since: what was in flight before is not what is now.
+            self.index.change_session(id, |session| session.delivery = None);
+            self.pending.sessions.insert(id);
+        }
         self.metrics.acks.inc_by(ack.positions.len() as u64);
         for v1::AckPosition { topic, seq } in ack.positions {
             let Some(topic) = self.index.topic(&topic) else { continue };
@@ -295,6 +310,14 @@ impl Planner<'_> {
             });
             self.pending.sessions.insert(id);
         }
+        // The gateway goes on from what it was told. From now on the device may release its identifiers and use them for
+        // other messages, of which nobody hears here: a message that an old one stood for would be lost.
+        if session_has_received(self.index.sessions.get(&id)) {
+            self.index.change_session(id, |session| {
+                session.delivery.iter_mut().for_each(|delivery| delivery.received.clear());
+            });
+            self.pending.sessions.insert(id);
+        }
         Ok(id)
     }
 
@@ -361,4 +384,9 @@ impl Planner<'_> {
         }
         Ok(())
     }
+}
+
+fn session_has_received(session: Option<&Session>) -> bool {
+    let delivery = session.and_then(|session| session.delivery.as_ref());
+    delivery.is_some_and(|delivery| !delivery.received.is_empty())
 }

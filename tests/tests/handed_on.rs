@@ -1,0 +1,74 @@
+//! What a session's last gateway knew reaches the next one, also when the saver or a gateway is away in between.
+
+use std::time::Duration;
+
+use carillon_tests::hubs::Cluster;
+use carillon_tests::mqtt::{Connect, Device, Publish};
+
+const PUBACK: u8 = 0x40;
+const PUBREC: u8 = 0x50;
+const PUBREL: u8 = 0x62;
+const PUBCOMP: u8 = 0x70;
+const NOT_FOUND: u8 = 0x92;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_ends_while_the_saver_is_away_is_told_when_it_is_back() {
+    let mut cluster = Cluster::start(2).await;
+    let (first, second) = (cluster.mqtt(0), cluster.mqtt(1));
+    let kept = |name: &str| Connect::kept(5, name);
+    let mut device = Device::connect(first, &kept("sender")).await;
+    device.publish(&Publish::new(2, 100, "handed/on", "once")).await;
+    assert!(device.acked(PUBREC, 100).await < 0x80);
+    let mut forgets = Device::connect(first, &kept("forgets")).await;
+    assert_eq!(forgets.subscribe("handed/on", 1).await, 1);
+    drop(forgets);
+    // Beyond the time that a request may wait for the saver's stream.
+    cluster.kill_hub().await;
+    drop(device);
+    // A clean start that keeps nothing needs no saver.
+    let clean = Device::connect(first, &Connect { keep_alive: 600, ..Connect::new(5, "forgets") }).await;
+    assert!(!clean.is_present);
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    cluster.restart_hub().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let mut device = Device::connect(second, &kept("sender")).await;
+    assert!(device.is_present);
+    device.ack(PUBREL, 100).await;
+    assert_eq!(device.acked(PUBCOMP, 100).await, 0, "the identifier was handed on");
+    device.ack(PUBREL, 100).await;
+    assert_eq!(device.acked(PUBCOMP, 100).await, NOT_FOUND, "and is released");
+    drop(clean);
+    assert!(!Device::connect(second, &kept("forgets")).await.is_present, "nothing was to be kept");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_dies_before_the_first_ack_takes_nothing_along() {
+    let mut cluster = Cluster::start(3).await;
+    let kept = Connect::kept(5, "alice");
+    let mut device = Device::connect(cluster.mqtt(0), &kept).await;
+    assert_eq!(device.subscribe("handed/on", 1).await, 1);
+    for text in ["one", "two", "three", "four"] {
+        cluster.publish("handed/on", text).await;
+    }
+    let mut got = Vec::new();
+    for _ in 0..4 {
+        got.push(device.got().await);
+    }
+    device.ack(PUBACK, got[0].id).await;
+    device.ack(PUBACK, got[1].id).await;
+    device.nothing().await;
+    // In order, so that it is not kept by its gateway.
+    device.raw.send(&[0xE0, 0]).await;
+    let left: Vec<_> = got[2..].iter().map(|publish| (publish.id, publish.payload.clone(), true)).collect();
+    assert_eq!(left[0].0, 3, "not what a new connection would begin with");
+    for gateway in 1..3 {
+        let mut device = Device::connect(cluster.mqtt(gateway), &kept).await;
+        assert!(device.is_present);
+        let again = [device.got().await, device.got().await];
+        let again: Vec<_> = again.into_iter().map(|got| (got.id, got.payload, got.dup)).collect();
+        assert_eq!(again, left, "gateway {gateway}");
+        if gateway == 1 {
+            cluster.kill_gateway(1).await;
+        }
+    }
+}
