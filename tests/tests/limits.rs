@@ -267,6 +267,25 @@ async fn who_publishes_too_fast_is_slowed_down_and_not_cut_off() {
         assert!(server.metric("carillon_gateway_publish_pauses_total").await > before);
         pings(&mut fast).await;
     }
+    // What is refused, and what is said again, counts as well.
+    let mut flood = Raw::device(server.addresses().mqtt, 5, "flood").await;
+    let refused = "x".repeat(2000);
+    let repeated = mqtt::Publish::new(2, 7, "speed", "again").bytes(5);
+    let kinds = [(mqtt::publish(5, &refused, b"x", Some(7)), 0x40, Some(0x90)), (repeated, 0x50, None)];
+    for (publish, answer, code) in kinds {
+        let began = Instant::now();
+        for _ in 0..60 {
+            flood.send(&publish).await;
+            match flood.answer().await {
+                Answer::Packet(first, body) => assert_eq!((first, body.get(2).copied()), (answer, code)),
+                other => panic!("{other:02x?}"),
+            }
+        }
+        let took = began.elapsed();
+        assert!(took > Duration::from_millis(1500) && took < Duration::from_secs(6), "{took:?}");
+        // A second's worth again.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+    }
     // The gateway's own, by bytes; an app that says nothing has that.
     server.cli(&["config", "set", "app/demo", "limits.publish_messages_per_second="]).await;
     gateway(&server, &["publish_bytes_per_second=100000"]).await;

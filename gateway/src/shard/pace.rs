@@ -61,12 +61,15 @@ impl Pace {
 
 impl Shard {
     /// Counts a PUBLISH of the device against its rates.
-    pub(super) fn pace(&mut self, index: u32, bytes: usize, rates: Rates) {
+    pub(super) fn pace(&mut self, index: u32, bytes: usize) {
         let now_ms = millis(self.now);
-        let Some(conn) = self.conns.get_mut(index as usize) else { return };
-        let Some(publishing) = conn.session.as_mut().and_then(|session| session.publishing.as_mut()) else {
+        let conn = &mut self.conns[index as usize];
+        let Some(session) = &mut conn.session else { return };
+        let apps = self.shared.apps.load();
+        let Some(rates) = apps.get(&*session.app).map(|app| Rates::of(&self.config, &app.limits)) else {
             return;
         };
+        let publishing = session.publishing.get_or_insert_default();
         let Some(wait) = publishing.pace.count(bytes, rates, now_ms) else { return };
         let until = self.now + ticks(wait);
         publishing.read_again = until;

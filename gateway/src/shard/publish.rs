@@ -5,7 +5,6 @@ use carillon_proto::{topic, v1};
 
 use super::Shard;
 use super::close::Reason;
-use super::pace::Rates;
 use super::publishing::PendingPublish;
 use super::timers::millis;
 use crate::auth;
@@ -25,6 +24,8 @@ impl Shard {
             Ok(topic) => topic,
             Err((code, text)) => return self.close(index, protocol_error(code, &text)),
         };
+        // First of all: what is refused or said again costs as much as what is forwarded.
+        self.pace(index, publish.payload.len());
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         self.apps[session.app_index as usize].1.published += 1;
@@ -57,7 +58,6 @@ impl Shard {
         }
         let apps = self.shared.apps.load();
         let topic = topic.as_deref().unwrap_or(publish.topic);
-        let rates = apps.get(&*session.app).map(|app| Rates::of(&self.config, &app.limits));
         let is_too_long = topic.len() > self.config.max_topic_bytes.into();
         let allowed = session
             .resolve(topic)
@@ -119,9 +119,6 @@ impl Shard {
                 .publish(message, move |outcome| shard.post(Event::Published { conn: id, ticket, outcome }));
         } else {
             self.answer_publishes(index);
-        }
-        if let Some(rates) = rates {
-            self.pace(index, publish.payload.len(), rates);
         }
     }
 
