@@ -188,6 +188,44 @@ async fn several_apps_on_one_connection() {
 }
 
 #[tokio::test]
+async fn unfinished_qos_2_of_a_further_app_outlives_the_connection() {
+    let server = with_shop(&[]).await;
+    let mqtt = server.addresses().mqtt;
+    let bobs = token(json!({}));
+    let kept = mqtt::Connect::kept(5, "alice");
+    let mut device = mqtt::Device::connect(mqtt, &kept).await;
+    // Not the first identifiers, so that they cannot be right by chance.
+    assert_eq!(device.subscribe("hello", 1).await, 1);
+    server.publish("hello", "own").await;
+    let own = device.got().await;
+    assert_eq!(subscribe(&mut device.raw, &mqtt::subscribe_with_token(2, "shop/u/bob", 2, &bobs)).await, 2);
+    let message = json!({"payload": "for bob", "qos": 2});
+    shop(&server, Method::POST, "users/bob/messages", Some(message)).await;
+    let got = device.got().await;
+    assert_eq!((got.qos, got.id, got.payload.as_str()), (2, 2, "for bob"));
+    device.publish(&mqtt::Publish::new(2, 50, "shop/up/x", "from bob")).await;
+    assert!(device.acked(0x50, 50).await < 0x80);
+    drop(device);
+
+    let mut device = mqtt::Device::connect(mqtt, &kept).await;
+    assert!(device.is_present);
+    // It may have been received: what was sent with this identifier is finished before another message has it.
+    assert_eq!(device.acked(0x62, got.id).await, 0);
+    assert_eq!(device.got().await, mqtt::Publish { dup: true, ..own });
+    device.ack(0x70, got.id).await;
+    // What the device had sent is remembered as well, without the token.
+    device.publish(&mqtt::Publish::new(2, 50, "shop/up/x", "from bob").dup()).await;
+    assert_eq!(device.acked(0x50, 50).await, 0);
+    device.ack(0x62, 50).await;
+    assert_eq!(device.acked(0x70, 50).await, 0);
+    // Nobody has consumed the message.
+    device.raw.send(&mqtt::subscribe_with_token(2, "shop/u/bob", 2, &bobs)).await;
+    assert!(matches!(device.raw.answer().await, Answer::Packet(0x90, _)));
+    let again = device.got().await;
+    assert_eq!((again.payload.as_str(), again.dup), ("for bob", false));
+}
+
+#[tokio::test]
 async fn the_end_of_a_further_token_ends_its_app_alone() {
     let server = with_shop(&[]).await;
     server.cli(&["config", "set", "gateway", "token_leeway_seconds=0"]).await;

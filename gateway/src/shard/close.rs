@@ -259,9 +259,9 @@ impl Shard {
         let Some(attachment) = session.attachment else { return };
         let (mut sent, mut in_flight) =
             session.inflight.take().map(|inflight| inflight.state()).unwrap_or_default();
-        // What went to a guest is not the session's to keep.
+        // What went to a guest is not the session's to keep; the identifiers of QoS 2 are.
         sent.retain(|position| session.is_own(&position.topic));
-        in_flight.retain(|flight| flight.topic.is_empty() || session.is_own(&flight.topic));
+        super::inflight::identifiers_alone(&mut in_flight, |topic| !session.is_own(topic));
         if let Some(opening) = session.opening.as_ref().filter(|opening| !opening.sent.is_empty()) {
             // The CONNECT was not even answered: it stands where it stood.
             sent.clone_from(&opening.sent);

@@ -175,6 +175,19 @@ impl Inflight {
     }
 }
 
+/// Of messages on these topics only the identifiers of QoS 2 stay: the device may have received them, so a PUBREL is due
+/// before another message can have one, or the device would take that for a repetition.
+pub fn identifiers_alone(in_flight: &mut Vec<v1::InFlight>, is_meant: impl Fn(&str) -> bool) {
+    in_flight.retain_mut(|flight| {
+        if flight.released || !is_meant(&flight.topic) {
+            return true;
+        }
+        *flight =
+            v1::InFlight { packet_id: flight.packet_id, qos: flight.qos, released: true, ..Default::default() };
+        flight.qos == u32::from(QoS::ExactlyOnce.level())
+    });
+}
+
 /// QoS 1 or 2.
 fn qos(level: u32) -> Option<QoS> {
     QoS::from_level(u8::try_from(level).ok()?).filter(|qos| *qos != QoS::AtMostOnce)
@@ -289,6 +302,28 @@ mod tests {
         ];
         assert_eq!(restored.flights, expected);
         assert!(restored.resending.is_some());
+    }
+
+    #[test]
+    fn of_a_guests_messages_the_identifiers_stay() {
+        let mut in_flight = inflight([
+            flight(1, Q1, Sent, 5),
+            flight(2, Q2, Sent, 6),
+            flight(3, Q2, Released, 0),
+            Flight { position: Some(("shop/a".into(), 7)), ..flight(4, Q1, Sent, 0) },
+            Flight { position: Some(("shop/a".into(), 8)), ..flight(5, Q2, Sent, 0) },
+        ])
+        .state()
+        .1;
+        identifiers_alone(&mut in_flight, |topic| topic.starts_with("shop/"));
+        let restored = Inflight::restored(in_flight).unwrap();
+        let expected = [
+            flight(1, Q1, Due, 5),
+            flight(2, Q2, Due, 6),
+            flight(3, Q2, Released, 0),
+            flight(5, Q2, Released, 0),
+        ];
+        assert_eq!(restored.flights, expected);
     }
 
     #[test]

@@ -30,7 +30,6 @@ impl Shard {
         let Some(session) = &mut conn.session else { return };
         self.apps[session.app_index as usize].1.published += 1;
         let packet_id = publish.packet_id.unwrap_or(0);
-        let mut message_id = None;
         if let Some(publishing) = &mut session.publishing
             && publish.qos == QoS::ExactlyOnce
         {
@@ -45,7 +44,6 @@ impl Shard {
                 publishing.queue.push_back(again);
                 return self.answer_publishes(index);
             }
-            message_id = publishing.earlier_id(packet_id, publish.dup);
         }
         let unanswered = session.publishing.as_ref().map_or(0, |publishing| publishing.queue.len());
         if publish.qos != QoS::AtMostOnce && conn.version == Version::V5 {
@@ -76,6 +74,12 @@ impl Shard {
             Some(_) if !publish.payload_is_as_declared() => Some(reason::PAYLOAD_FORMAT_INVALID),
             Some(_) => None,
         };
+        // Not if it is refused: the token of its app may come with the next SUBSCRIBE only.
+        let message_id = session
+            .publishing
+            .as_mut()
+            .filter(|_| publish.qos == QoS::ExactlyOnce && (refused.is_none() || !publish.dup))
+            .and_then(|publishing| publishing.earlier_id(packet_id, publish.dup));
         let forwarded = match (allowed, refused) {
             (Some((full, app, is_root, publisher)), None) => {
                 let mut message = message(
