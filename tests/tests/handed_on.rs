@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use carillon_tests::Server;
 use carillon_tests::hubs::Cluster;
 use carillon_tests::mqtt::{Connect, Device, Publish};
 
@@ -71,4 +72,51 @@ async fn a_gateway_that_dies_before_the_first_ack_takes_nothing_along() {
             cluster.kill_gateway(1).await;
         }
     }
+}
+
+/// A subscription of QoS 0 to a topic keeps no count; the wildcard of QoS 1 beside it does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_with_qos_0_under_a_wildcard_with_qos_1_is_caught_up_at_once() {
+    let server = Server::start().await;
+    let mqtt = server.addresses().mqtt;
+    let kept = Connect::kept(5, "overlapping");
+    let mut device = Device::connect(mqtt, &kept).await;
+    assert_eq!(device.subscribe("over/#", 1).await, 1);
+    assert_eq!(device.subscribe("over/x", 0).await, 0);
+    // The kernel gives each connection to one of two shards: after a dozen both ways have been gone.
+    for round in 0..12 {
+        server.publish("over/x", &format!("live {round}")).await;
+        let live = device.got().await;
+        assert_eq!((live.qos, live.payload), (1, format!("live {round}")), "the higher of the two");
+        device.ack(PUBACK, live.id).await;
+        device.nothing().await;
+        if round % 3 == 0 {
+            // Through the saver.
+            device.raw.send(&[0xE0, 0]).await;
+        }
+        drop(device);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for text in ["one", "two"] {
+            server.publish("over/x", &format!("{text} {round}")).await;
+        }
+        device = Device::connect(mqtt, &kept).await;
+        assert!(device.is_present, "round {round}");
+        for text in ["one", "two"] {
+            let got = device.got().await;
+            assert_eq!(got.payload, format!("{text} {round}"));
+            device.ack(PUBACK, got.id).await;
+        }
+    }
+    // The count goes from one subscription to the other and back, and nothing comes twice.
+    for (qos, text) in [(1, "counts"), (0, "does not"), (2, "counts again")] {
+        assert_eq!(device.subscribe("over/x", qos).await, qos);
+        server.publish("over/x", text).await;
+        let got = device.got().await;
+        assert_eq!((got.qos, got.payload.as_str()), (1, text));
+        device.ack(PUBACK, got.id).await;
+    }
+    device.unsubscribe("over/x").await;
+    server.publish("over/x", "wildcard").await;
+    assert_eq!(device.got().await.payload, "wildcard");
+    device.nothing().await;
 }

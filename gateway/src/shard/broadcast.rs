@@ -164,6 +164,7 @@ impl Shard {
         for &(index, generation) in &job.receivers[job.next..] {
             if self.conns.get(index as usize).is_some_and(|conn| conn.generation == generation)
                 && let Some(target) = self.target(index, &job.delivery.topic)
+                && target.options.qos > 0
             {
                 // Who still has something before it to get reads the log, and finds this one there too.
                 let topic = &job.delivery.topic;

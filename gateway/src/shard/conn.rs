@@ -178,7 +178,7 @@ pub struct Waiting {
 pub struct Target {
     pub options: SubOptions,
     pub identifiers: SmallVec<[u32; 2]>,
-    /// The subscription to the topic name itself, which holds the cursor.
+    /// The subscription to the topic name itself, if it has QoS 1 or 2: then it holds the cursor.
     pub exact: Option<SubRef>,
 }
 

@@ -107,7 +107,8 @@ impl Shard {
             if its.identifier != 0 {
                 target.identifiers.push(its.identifier);
             }
-            if is_exact {
+            // With QoS 0 it keeps no count of what is owed: a filter of QoS 1 beside it does.
+            if is_exact && its.options.qos > 0 {
                 target.exact = Some(*sub);
             }
         }

@@ -329,13 +329,28 @@ impl Shard {
         let joins_now = !is_kept && topic::inbox_user(&name).is_none();
         let last =
             if joins_now { self.link.routes().last(&name).max(granted.position) } else { granted.position };
+        // Who keeps count of the topic may be another subscription from now on.
+        let wild_last = match &mut self.conns[index as usize].session {
+            Some(session) if options.qos > 0 => {
+                session.wild_last.as_mut().and_then(|cursors| cursors.remove(&name))
+            }
+            _ => None,
+        };
+        let last = last.max(wild_last.unwrap_or(0));
+        let conn = &mut self.conns[index as usize];
         if let Some(sub) = conn.subs.iter().find(|sub| sub.topic == topic) {
             let sub = &mut self.topics.get_mut(topic).subs[sub.position as usize];
+            let counted = (sub.options.qos > 0).then_some(sub.last);
             if sub.options.qos == 0 && options.qos > 0 {
-                // Until now nobody kept count.
+                // Until now it kept no count.
                 sub.last = sub.last.max(last);
             }
             (sub.options, sub.identifier) = (options, identifier);
+            if let Some(counted) = counted.filter(|_| options.qos == 0)
+                && let Some(target) = self.target(index, &name).filter(|target| target.options.qos > 0)
+            {
+                self.set_last(index, &target, &name, counted);
+            }
             return;
         }
         let sub = self.topics.subscribe(topic, Sub { conn: index, identifier, last, options });
@@ -412,7 +427,9 @@ impl Shard {
     pub(super) fn forget_wild_cursors(&mut self, index: u32) {
         let Some(session) = &mut self.conns[index as usize].session else { return };
         let Some(mut cursors) = session.wild_last.take() else { return };
-        cursors.retain(|name, _| self.target(index, name).is_some_and(|target| target.exact.is_none()));
+        cursors.retain(|name, _| {
+            self.target(index, name).is_some_and(|target| target.exact.is_none() && target.options.qos > 0)
+        });
         if let Some(session) = &mut self.conns[index as usize].session {
             session.wild_last = (!cursors.is_empty()).then_some(cursors);
         }
