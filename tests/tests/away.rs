@@ -296,3 +296,44 @@ async fn a_will_of_a_device_that_is_moved_is_not_published_if_it_arrives() {
     assert_eq!(watcher.message(Duration::from_secs(3)).await, None);
     assert_eq!(presence(&cluster).await, before, "she was online all the time");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paced_broadcast_reaches_who_drops_before_its_turn() {
+    let cluster = Cluster::start(1, "").await;
+    let server = cluster.gateways[0].mqtt;
+    let mut devices = Vec::new();
+    for name in 0..8 {
+        let options = Options::kept(5, &format!("device-{name}"));
+        devices.push((subscribed(server, &options, "demo/+").await, options));
+    }
+    cluster.post("broadcasts", json!({ "payload": "paced", "rate_per_second": 1 })).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut waiting = Vec::new();
+    for (mut device, options) in devices {
+        if device.message(Duration::from_millis(1)).await.is_none() {
+            waiting.push((device, options));
+        }
+    }
+    assert!(waiting.len() >= 4, "one a second: {}", waiting.len());
+    // Each of these subscribes with a wildcard alone, which has never seen the topic.
+    let before = waiting.len();
+    let mut back = Vec::new();
+    for (device, options) in waiting {
+        drop(device);
+        back.push(options);
+    }
+    parked(&cluster, before as f64).await;
+    let began = Instant::now();
+    let mut connected = Vec::new();
+    for options in &back {
+        let mut device = Device::connected(server, options).await;
+        assert!(device.session_present);
+        assert_eq!(text(&mut device).await, "paced");
+        connected.push(device);
+    }
+    assert!(began.elapsed() < Duration::from_secs(2), "from the log: {:?}", began.elapsed());
+    assert_eq!(cluster.metric(0, "carillon_gateway_resumed_total").await, before as f64);
+    for device in &mut connected {
+        assert_eq!(device.message(Duration::from_millis(200)).await, None, "once");
+    }
+}

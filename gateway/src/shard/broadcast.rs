@@ -35,6 +35,23 @@ pub struct Job {
     waiting: VecDeque<Arc<Delivery>>,
 }
 
+impl Job {
+    pub(super) fn delivery(&self) -> &Arc<Delivery> {
+        &self.delivery
+    }
+
+    /// Messages that wait for its end.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &Arc<Delivery>> {
+        self.waiting.iter()
+    }
+
+    /// Has it this connection still before it?
+    pub(super) fn is_due_to(&self, index: u32, generation: u32) -> bool {
+        // Receivers are in the order of their indices.
+        self.receivers[self.next..].binary_search(&(index, generation)).is_ok()
+    }
+}
+
 impl Shard {
     pub(super) fn broadcast(&mut self, name: Arc<str>, delivery: Arc<Delivery>) {
         let mut wild = SmallVec::new();

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use super::Shard;
+use super::{Shard, broadcast};
 use super::close::Reason;
 use super::conn::{Conn, Phase, Session, Waiting};
 use super::connect::online;
@@ -58,12 +58,35 @@ pub struct Due {
     /// Up to here it was sent: DUP.
     pub sent: u64,
     /// Where a subscription with wildcards begins on it, if it has not been there yet.
-    pub from: u64,
+    pub from: Option<u64>,
 }
 
 impl Left {
     fn due(&mut self, topic: &Arc<str>) -> &mut Due {
         self.due.entry(topic.clone()).or_default()
+    }
+
+    /// A stored message came by, or several: `prev` of the first, seq of the last.
+    fn note_passed(&mut self, topic: &Arc<str>, prev: u64, seq: u64) {
+        let due = self.due(topic);
+        due.target = due.target.max(seq);
+        due.from.get_or_insert(prev);
+    }
+
+    /// A message has come to this shard, and has not been offered to the connection.
+    fn owe(&mut self, delivery: &Arc<Delivery>) {
+        let message = &delivery.message;
+        let is_wanted = |(name, sub): &(Arc<str>, Sub)| {
+            sub.options.qos > 0 && carillon_proto::topic::matches(name, &delivery.topic)
+        };
+        if !self.subs.iter().any(is_wanted) {
+            return;
+        }
+        if message.stored {
+            self.note_passed(&delivery.topic, message.prev, message.seq);
+        } else if message.qos > 0 && self.held.len() < HELD_MAX {
+            self.held.push(delivery.clone());
+        }
     }
 
     /// Takes stock of what was under way. What is in flight stays so, and is sent again with its packet identifiers.
@@ -73,7 +96,7 @@ impl Left {
             due.target = due.target.max(behind.target);
             due.sent = due.sent.max(behind.sent);
             // Where nothing of it was sent yet: what was read ahead does not count.
-            due.from = behind.queue.front().map_or(behind.after, |first| first.message.seq - 1);
+            due.from = Some(behind.queue.front().map_or(behind.after, |first| first.message.seq - 1));
             self.held.extend(behind.held);
         }
         self.held.truncate(HELD_MAX);
@@ -187,6 +210,11 @@ impl Shard {
         }
         left.session.guests = None;
         left.take_stock();
+        for job in &self.jobs {
+            if job.is_due_to(id.index, id.generation) {
+                left.owe(job.delivery());
+            }
+        }
         let window = self.config.resume_window_seconds.min(left.session.expiry_seconds);
         let until = self.now.saturating_add(ticks(Duration::from_secs(window.into())));
         self.parking.until.push(Reverse((until, id.shard, id.index, id.generation)));
@@ -262,16 +290,16 @@ impl Shard {
         let mut left = parked.left;
         for &topic in &parked.holds {
             for (name, prev, seq) in self.topics.passed(topic) {
-                let due = left.due(&name);
-                due.target = due.target.max(seq);
-                if due.from == 0 {
-                    due.from = prev;
-                }
+                left.note_passed(&name, prev, seq);
             }
         }
         // The shard that goes on with it joins the routes before this one leaves them.
         left.is_held = usize::from(to.shard) == self.index;
         if !left.is_held {
+            // What waits behind a broadcast here reaches nobody there.
+            for delivery in self.jobs.iter().flat_map(broadcast::Job::waiting) {
+                left.owe(delivery);
+            }
             for (topic, (name, _)) in parked.holds.into_iter().zip(&left.subs) {
                 self.link.join_in_force(name, to.shard.into());
                 self.release(topic);
@@ -360,7 +388,7 @@ impl Shard {
             if target.options.qos == 0 {
                 continue;
             }
-            let last = self.last(index, &target, &topic).unwrap_or(from);
+            let last = self.last(index, &target, &topic).unwrap_or(from.unwrap_or(0));
             self.set_last(index, &target, &topic, last);
             if head > last {
                 self.fall_behind(index, &topic, last, head, sent);
