@@ -95,6 +95,18 @@ pub enum Event {
         to: ConnId,
         clean: bool,
     },
+    /// The answer, if there is something to go on with: its topics, and of each whether messages that are in no log are
+    /// wanted. They are to be held first.
+    Prepare {
+        from: ConnId,
+        conn: ConnId,
+        topics: Vec<(Arc<str>, bool)>,
+    },
+    /// That is so: give the session up.
+    GiveUp {
+        from: ConnId,
+        to: ConnId,
+    },
     /// The answer: what is left of the session, if it is to go on from there.
     HandedOver {
         conn: ConnId,

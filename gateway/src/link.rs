@@ -60,6 +60,8 @@ pub(crate) struct Inner {
     saver: ArcSwapOption<Exchange<Saving>>,
     /// What the saver has to hear of sessions, and has not answered yet.
     untold: untold::Untold,
+    /// Held for reading from the look-up of a message's shards until it is in their queues.
+    delivering: RwLock<()>,
     registries: RwLock<HashMap<Arc<str>, Registry>>,
     slots: ArcSwap<SlotMap>,
     /// The newest epoch known of each slot: older deliveries come from a deposed owner.
@@ -127,6 +129,7 @@ impl Link {
             shards: OnceLock::new(),
             saver: ArcSwapOption::empty(),
             untold: untold::Untold::default(),
+            delivering: RwLock::new(()),
             registries: RwLock::default(),
             slots: ArcSwap::default(),
             epochs: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
@@ -218,6 +221,16 @@ impl Link {
         } else if self.inner.routes.leave(filter, shard) {
             self.inner.to_owner(filter, AttachCommand::Route(filter.clone()));
         }
+    }
+
+    /// Calls back when all messages that were routed before this are in the shards' queues.
+    pub fn after_deliveries(&self, then: impl FnOnce() + Send + 'static) {
+        let inner = self.inner.clone();
+        // Not here: it waits for those that are being routed, and a shard waits for nothing.
+        self.inner.runtime.spawn(async move {
+            drop(inner.delivering.write());
+            then();
+        });
     }
 
     /// Tells every registry how this gateway does.

@@ -16,6 +16,7 @@ mod deadlines;
 mod deliver;
 mod flush;
 mod guests;
+mod hand_over;
 mod inflight;
 mod layers;
 mod move_away;
@@ -308,10 +309,9 @@ impl Shard {
             Event::Share { conn, member, token, delivery } => self.assigned(conn, member, token, &delivery),
             Event::KickGuest { conn, key } => self.kick_guest(conn, key, "kicked"),
             Event::Kick { conn, reason } => self.kick(conn, reason),
-            Event::HandOver { from, to, clean } => {
-                let left = self.hand_over(from, to, clean);
-                self.link.shard(to.shard.into()).post(Event::HandedOver { conn: to, left });
-            }
+            Event::HandOver { from, to, clean } => self.asked_for(from, to, clean),
+            Event::Prepare { from, conn, topics } => self.prepare(from, conn, topics),
+            Event::GiveUp { from, to } => self.yield_to(from, to),
             Event::HandedOver { conn, left } => self.handed_over(conn, left),
             Event::PlanMove { job, plan, answer } => drop(answer.send(self.plan_move(job, plan))),
             Event::MoveAway { job, count } => self.move_away(job, count),

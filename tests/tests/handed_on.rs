@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use carillon_tests::Server;
 use carillon_tests::hubs::Cluster;
-use carillon_tests::mqtt::{Connect, Device, Publish};
+use carillon_tests::mqtt::{Answer, Connect, Device, Publish};
 
 const PUBACK: u8 = 0x40;
 const PUBREC: u8 = 0x50;
@@ -119,4 +119,75 @@ async fn a_topic_with_qos_0_under_a_wildcard_with_qos_1_is_caught_up_at_once() {
     server.publish("over/x", "wildcard").await;
     assert_eq!(device.got().await.payload, "wildcard");
     device.nothing().await;
+}
+
+/// Each message is on a topic of its own, so that no later one shows that it is missed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wildcard_session_goes_from_shard_to_shard_under_a_stream_and_misses_nothing() {
+    let server = Server::start_with(&["--shards", "2"]).await;
+    let mqtt = server.addresses().mqtt;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = stop.clone();
+    let kept = Connect::kept(5, "wanderer").with(0x21, &1000_u16.to_be_bytes());
+    let mut device = Device::connect(mqtt, &kept).await;
+    assert_eq!(device.subscribe("stream/+", 1).await, 1);
+    let publisher = tokio::spawn(async move {
+        let mut publisher = Device::connect(mqtt, &Connect::new(5, "streamer")).await;
+        let (mut sent, mut acked) = (0_u32, 0);
+        while acked < sent || !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            while sent < acked + 30 && !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                sent += 1;
+                let id = (sent % 60_000) as u16 + 1;
+                publisher.publish(&Publish::new(1, id, &format!("stream/{sent}"), &sent.to_string())).await;
+            }
+            acked += 1;
+            assert!(publisher.acked(PUBACK, (acked % 60_000) as u16 + 1).await < 0x80, "{acked}");
+        }
+        sent
+    });
+    let mut got = std::collections::HashSet::new();
+    let began = std::time::Instant::now();
+    let mut rounds = 0;
+    while began.elapsed() < Duration::from_secs(20) {
+        // While messages come, in the middle of one or between two.
+        let until = tokio::time::Instant::now() + Duration::from_millis(20 + rounds % 7 * 10);
+        while let Ok(answer) = tokio::time::timeout_at(until, device.raw.answer()).await {
+            match answer {
+                Answer::Packet(first @ (0x32 | 0x3A), body) => {
+                    let publish = Publish::parse(5, first, &body);
+                    got.insert(publish.payload);
+                    device.ack(PUBACK, publish.id).await;
+                }
+                other => panic!("{other:02x?}"),
+            }
+        }
+        // Sometimes dropped, sometimes taken over while it is there.
+        let before = device;
+        if rounds % 2 == 0 {
+            drop(before);
+            device = Device::connect(mqtt, &kept).await;
+        } else {
+            device = Device::connect(mqtt, &kept).await;
+        }
+        assert!(device.is_present);
+        rounds += 1;
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let sent = publisher.await.expect("no panic");
+    while got.len() < sent as usize {
+        match device.raw.answer_within(Duration::from_secs(5)).await {
+            Answer::Packet(first @ (0x32 | 0x3A), body) => {
+                let publish = Publish::parse(5, first, &body);
+                got.insert(publish.payload);
+                device.ack(PUBACK, publish.id).await;
+            }
+            other => {
+                let missed: Vec<u32> = (1..=sent).filter(|i| !got.contains(&i.to_string())).collect();
+                panic!("{} of {sent} were missed in {rounds} rounds: {missed:?}; {other:02x?}", missed.len());
+            }
+        }
+    }
+    let resumed = server.metric("carillon_gateway_resumed_total").await;
+    assert!(rounds > 50 && resumed > 0.9 * f64::from(rounds as u32), "{resumed} of {rounds} went on here");
+    println!("{sent} messages, {rounds} rounds, {resumed} resumed");
 }

@@ -323,6 +323,7 @@ impl Stream {
 }
 
 fn deliver(inner: &Arc<Inner>, registry: &Arc<str>, deliver: v1::Deliver) {
+    let _delivering = inner.delivering.read();
     for message in deliver.messages {
         let slot = topic::slot_of(&message.topic);
         if !inner.note_epoch(slot, message.epoch) {

@@ -67,7 +67,7 @@ impl Shard {
         let id = self.id(index);
         match self.link.sessions().take(key, id, connection) {
             Some(before) if usize::from(before.shard) == self.index => {
-                let left = self.hand_over(before, id, connect.clean_start);
+                let left = self.hand_over(before, connect.clean_start);
                 self.handed_over(id, left);
             }
             Some(before) => {

@@ -182,8 +182,12 @@ pub fn identifiers_alone(in_flight: &mut Vec<v1::InFlight>, is_meant: impl Fn(&s
         if flight.released || !is_meant(&flight.topic) {
             return true;
         }
-        *flight =
-            v1::InFlight { packet_id: flight.packet_id, qos: flight.qos, released: true, ..Default::default() };
+        *flight = v1::InFlight {
+            packet_id: flight.packet_id,
+            qos: flight.qos,
+            released: true,
+            ..Default::default()
+        };
         flight.qos == u32::from(QoS::ExactlyOnce.level())
     });
 }

@@ -291,7 +291,11 @@ pub async fn delivery_state_is_told_until_it_is_taken_up(ground: Ground) {
     store.ack(nothing).await.unwrap();
     let fourth = open(&store, "c1").await;
     let rest = v1::DeliveryState { received: Vec::new(), ..state.clone() };
-    assert_eq!(fourth.delivery, Some(rest), "what was in flight is so until a device has acknowledged something");
+    assert_eq!(
+        fourth.delivery,
+        Some(rest),
+        "what was in flight is so until a device has acknowledged something"
+    );
     subscribe(&store, "c1", fourth.attachment, &[NEWS]).await;
     fill(&store, NEWS, 1..=2).await;
     ack(&store, "c1", fourth.attachment, NEWS, 1).await;
@@ -327,7 +331,8 @@ pub async fn what_comes_late_ends_no_later_session(ground: Ground) {
     let second = store.open_session(connected(3000, 60)).await.unwrap();
     let store = ground.reopen(store).await;
     // The first gateway could not tell the saver before: neither that the connection ended, expiry 0, …
-    let close = v1::CloseSession { attachment: first.attachment, session: session("c1"), ..Default::default() };
+    let close =
+        v1::CloseSession { attachment: first.attachment, session: session("c1"), ..Default::default() };
     has_moved(store.close_session(close).await);
     // … nor that a device of its wanted nothing kept, at 2000.
     has_moved(store.open_session(connected(2000, 0)).await);
