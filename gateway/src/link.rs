@@ -4,6 +4,7 @@
 //! on tokio; nothing here touches a device's socket.
 
 mod attach;
+mod in_order;
 mod publish;
 mod saver;
 mod shares;
@@ -32,6 +33,7 @@ use crate::routes::{Routes, ShardSet};
 use crate::sessions::Sessions;
 
 pub use attach::SlotAnnouncement;
+pub use publish::Publisher;
 pub use saver::SaverFailure;
 pub use shares::{Member, ShareMember};
 pub use subscribe::{Begun, Underway, Wanted};

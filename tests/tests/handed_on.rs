@@ -191,3 +191,69 @@ async fn a_wildcard_session_goes_from_shard_to_shard_under_a_stream_and_misses_n
     assert!(rounds > 50 && resumed > 0.9 * f64::from(rounds as u32), "{resumed} of {rounds} went on here");
     println!("{sent} messages, {rounds} rounds, {resumed} resumed");
 }
+
+/// While the owners of its topics come and go, what a device publishes to a topic is numbered in the order it was sent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_device_publishes_keeps_its_order_while_owners_change() {
+    const TOPICS: usize = 16;
+    let mut cluster = Cluster::start(1).await;
+    let mqtt = cluster.mqtt(0);
+    let mut receiver = Device::connect(mqtt, &Connect::new(5, "receiver")).await;
+    assert_eq!(receiver.subscribe("order/#", 1).await, 1);
+    let seen = std::sync::Arc::new(std::sync::Mutex::new(vec![Vec::<u32>::new(); TOPICS]));
+    let noted = seen.clone();
+    tokio::spawn(async move {
+        loop {
+            match receiver.raw.answer_within(Duration::from_secs(120)).await {
+                Answer::Packet(first @ (0x32 | 0x3A), body) => {
+                    let publish = Publish::parse(5, first, &body);
+                    receiver.ack(PUBACK, publish.id).await;
+                    let topic: usize = publish.topic.rsplit('/').next().unwrap().parse().unwrap();
+                    let number = publish.payload.parse().unwrap();
+                    let mut seen = noted.lock().unwrap();
+                    // Accepted twice, with nobody having heard of the first time: at least once.
+                    if !seen[topic].contains(&number) {
+                        seen[topic].push(number);
+                    }
+                }
+                _ => return,
+            }
+        }
+    });
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = stop.clone();
+    let publisher = tokio::spawn(async move {
+        let mut device = Device::connect(mqtt, &Connect::new(5, "publisher")).await;
+        let (mut sent, mut acked) = (0_u32, 0);
+        while acked < sent || !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            while sent < acked + 48 && !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                let topic = format!("order/{}", sent as usize % TOPICS);
+                let id = (sent % 60_000) as u16 + 1;
+                device.publish(&Publish::new(1, id, &topic, &sent.to_string())).await;
+                sent += 1;
+            }
+            assert!(device.acked(PUBACK, (acked % 60_000) as u16 + 1).await < 0x80, "{acked}");
+            acked += 1;
+            tokio::time::sleep(Duration::from_micros(500)).await;
+        }
+        sent
+    });
+    for _ in 0..3 {
+        cluster.add_registry().await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        cluster.stop_registry().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let sent = publisher.await.expect("no panic");
+    carillon_tests::eventually("everything has come", || async {
+        let count: usize = seen.lock().unwrap().iter().map(Vec::len).sum();
+        if count == sent as usize { Ok(()) } else { Err(format!("{count} of {sent}")) }
+    })
+    .await;
+    for (topic, numbers) in seen.lock().unwrap().iter().enumerate() {
+        let overtaken = numbers.windows(2).find(|pair| pair[0] > pair[1]);
+        assert_eq!(overtaken, None, "on order/{topic}, {sent} messages");
+    }
+    println!("{sent} messages in order");
+}

@@ -117,10 +117,11 @@ impl Shard {
             if unanswered >= PUBLISHING_MAX || bytes >= PUBLISHING_BYTES {
                 conn.is_paused = true;
             }
+            let publisher = publishing.publisher.clone();
             let id = self.id(index);
             let shard = self.link.shard(self.index).clone();
-            self.link
-                .publish(message, move |outcome| shard.post(Event::Published { conn: id, ticket, outcome }));
+            let done = move |outcome| shard.post(Event::Published { conn: id, ticket, outcome });
+            self.link.publish(&publisher, message, done);
         } else {
             self.answer_publishes(index);
         }

@@ -8,6 +8,7 @@ use carillon_proto::v1;
 use super::pace::Pace;
 use super::timers::Tick;
 use crate::codec::QoS;
+use crate::link::Publisher;
 
 /// Exists only while there is something to remember.
 #[derive(Default)]
@@ -22,6 +23,8 @@ pub struct Publishing {
     received: Vec<(u16, bool)>,
     /// QoS 2 that was forwarded on an earlier connection, which ended before the answer: the messages' ids.
     unanswered: Vec<(u16, Box<str>)>,
+    /// Keeps their order at the owners.
+    pub publisher: Publisher,
     pub pace: Pace,
     /// Published above its rate: not to be read before this.
     pub read_again: Tick,

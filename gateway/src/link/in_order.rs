@@ -1,0 +1,187 @@
+//! The order of what one connection publishes, while some of it has to be tried again: what is behind a message in the same
+//! slot, and so perhaps on its topic, waits for it. No I/O.
+//!
+//! What was sent already when a message turned out to need another try is beyond recall: if its owner accepts it all the
+//! same, it is before. An owner that is deposed or gone accepts none of it.
+//!
+//! Bounded by whoever publishes: a device with too many unanswered publishes is not read from.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use carillon_proto::v1;
+use tokio::time::Instant;
+
+use crate::event::PublishOutcome;
+
+/// One message, and what is done when it is accepted, refused or given up.
+pub(super) struct Publish {
+    pub message: v1::Message,
+    pub idempotent: bool,
+    pub slot: u32,
+    pub deadline: Instant,
+    pub done: Box<dyn FnOnce(PublishOutcome) + Send>,
+}
+
+#[derive(Default)]
+pub(super) struct InOrder {
+    next_ticket: u64,
+    /// Sent for the first time, and not answered: ticket and slot.
+    sent: VecDeque<(u64, u32)>,
+    /// Slots in which something is tried again.
+    again: Vec<Again>,
+}
+
+/// What waits in one slot, by ticket: the first is tried, the others when it is accepted.
+#[derive(Default)]
+struct Again {
+    slot: u32,
+    waiting: BTreeMap<u64, Publish>,
+    /// Something has come back since the last try.
+    has_failed: bool,
+}
+
+/// What is to be done next in a slot in which something is tried again.
+pub(super) enum Next {
+    /// An earlier one is not answered yet: look again.
+    Wait,
+    /// Send this one.
+    Try(u64, v1::Message, bool),
+    /// Its time is over.
+    GiveUp(Publish),
+    /// Nothing is left.
+    End,
+}
+
+impl InOrder {
+    /// Some: to be sent now, with its ticket. None: it waits for what is before it.
+    pub fn begin(&mut self, publish: Publish) -> Option<(u64, Publish)> {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        if let Some(again) = self.find(publish.slot) {
+            again.waiting.insert(ticket, publish);
+            return None;
+        }
+        self.sent.push_back((ticket, publish.slot));
+        Some((ticket, publish))
+    }
+
+    fn find(&mut self, slot: u32) -> Option<&mut Again> {
+        self.again.iter_mut().find(|again| again.slot == slot)
+    }
+
+    /// The answer to what was sent for the first time has come.
+    pub fn answered(&mut self, ticket: u64) {
+        if let Some(at) = self.sent.iter().position(|(sent, _)| *sent == ticket) {
+            self.sent.remove(at);
+        }
+    }
+
+    /// It is to be tried again. True: its slot is to be looked after from now on, with [`next`](Self::next).
+    pub fn failed(&mut self, ticket: u64, publish: Publish) -> bool {
+        let slot = publish.slot;
+        let is_new = self.find(slot).is_none();
+        if is_new {
+            self.again.push(Again { slot, ..Again::default() });
+        }
+        if let Some(again) = self.find(slot) {
+            again.waiting.insert(ticket, publish);
+            again.has_failed = true;
+        }
+        is_new
+    }
+
+    /// What to do in a slot after a pause.
+    pub fn next(&mut self, slot: u32, now: Instant) -> Next {
+        let sent_before = self.sent.iter().filter(|(_, sent)| *sent == slot).map(|(ticket, _)| *ticket).min();
+        let Some(again) = self.find(slot) else { return Next::End };
+        let Some((&ticket, first)) = again.waiting.first_key_value() else {
+            self.again.retain(|again| again.slot != slot);
+            return Next::End;
+        };
+        if now >= first.deadline {
+            return again.waiting.remove(&ticket).map_or(Next::Wait, Next::GiveUp);
+        }
+        if sent_before.is_some_and(|sent| sent < ticket) {
+            return Next::Wait;
+        }
+        again.has_failed = false;
+        Next::Try(ticket, first.message.clone(), first.idempotent)
+    }
+
+    /// What [`next`](Self::next) gave was accepted or refused.
+    pub fn settled(&mut self, slot: u32, ticket: u64) -> Option<Publish> {
+        self.find(slot)?.waiting.remove(&ticket)
+    }
+
+    /// After one was accepted those behind it are sent, one after the other, until one of them comes back.
+    pub fn follow(&mut self, slot: u32) -> Option<(u64, Publish)> {
+        let again = self.find(slot).filter(|again| !again.has_failed)?;
+        let (ticket, publish) = again.waiting.pop_first()?;
+        self.sent.push_back((ticket, slot));
+        Some((ticket, publish))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn publish(slot: u32, deadline: Instant) -> Publish {
+        let message = v1::Message::default();
+        Publish { message, idempotent: false, slot, deadline, done: Box::new(|_| {}) }
+    }
+
+    fn tried(next: Next) -> u64 {
+        match next {
+            Next::Try(ticket, ..) => ticket,
+            _ => panic!("none is to be tried"),
+        }
+    }
+
+    #[test]
+    fn nothing_overtakes_what_is_tried_again_in_its_slot() {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(10);
+        let mut order = InOrder::default();
+        let (zero, first) = order.begin(publish(7, until)).expect("nothing is before it");
+        let (one, second) = order.begin(publish(7, until)).expect("nothing is known of the first yet");
+        order.answered(one);
+        assert!(order.failed(one, second));
+        assert!(order.begin(publish(7, until)).is_none(), "it waits: ticket 2");
+        assert!(order.begin(publish(8, until)).is_some(), "on its way to another owner, perhaps: ticket 3");
+        assert!(matches!(order.next(7, now), Next::Wait), "the first is not answered yet");
+        order.answered(zero);
+        assert!(!order.failed(zero, first), "its slot is looked after");
+        assert_eq!(tried(order.next(7, now)), zero);
+        assert!(order.begin(publish(7, until)).is_none(), "ticket 4");
+        assert!(order.settled(7, zero).is_some());
+        // Accepted: the others follow in their order.
+        let (ticket, again) = order.follow(7).unwrap();
+        assert_eq!(ticket, one);
+        assert_eq!(order.follow(7).unwrap().0, 2);
+        // One comes back: no more go, and it is the first.
+        order.answered(one);
+        order.failed(one, again);
+        assert!(order.follow(7).is_none());
+        order.answered(2);
+        assert_eq!(tried(order.next(7, now)), one);
+        order.settled(7, one);
+        assert_eq!(order.follow(7).unwrap().0, 4);
+        assert!(order.follow(7).is_none());
+        assert!(matches!(order.next(7, now), Next::End));
+        assert!(order.begin(publish(7, until)).is_some(), "as ever");
+    }
+
+    #[test]
+    fn what_takes_too_long_is_given_up_in_its_order() {
+        let now = Instant::now();
+        let mut order = InOrder::default();
+        let (ticket, first) = order.begin(publish(7, now)).unwrap();
+        order.answered(ticket);
+        order.failed(ticket, first);
+        assert!(order.begin(publish(7, now + Duration::from_secs(1))).is_none());
+        assert!(matches!(order.next(7, now), Next::GiveUp(_)));
+        assert_eq!(tried(order.next(7, now)), 1, "the next has time left");
+    }
+}
