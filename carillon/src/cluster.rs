@@ -111,7 +111,7 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
             Protocol::Wss => args.advertise_wss.clone(),
         };
     }
-    let gateway = Gateway::start(
+    let gateway = Box::pin(Gateway::start(
         GatewayOptions {
             instance_id: process.data_dir.instance(""),
             incarnation: process.data_dir.incarnation(),
@@ -120,7 +120,8 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
             metrics: process.metrics.clone(),
         },
         agent.clone(),
-    )
+    ))
+    .await
     .map_err(listeners::gateway_error)?;
     let (watched, ready) = (agent.clone(), gateway.readiness());
     let readiness = Arc::new(move || {

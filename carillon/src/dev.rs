@@ -76,7 +76,7 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
             roles::unmet(&hub.instance().roles, &agent).join("; ")
         );
     }
-    let gateway = Gateway::start(
+    let gateway = Box::pin(Gateway::start(
         GatewayOptions {
             instance_id: data_dir.instance("gateway"),
             incarnation: data_dir.incarnation(),
@@ -85,7 +85,8 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
             metrics: metrics.clone(),
         },
         agent.clone(),
-    )
+    ))
+    .await
     .map_err(listeners::gateway_error)?;
 
     let gateway_ready = gateway.readiness();

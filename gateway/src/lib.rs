@@ -48,6 +48,11 @@ use overload::Overload;
 use registration::Registration;
 use shard::{Shard, Shared};
 
+/// How long a gateway that starts waits for its configuration: to accept a device under limits and addresses that are not
+/// those that were set for it is worse than to accept it a moment later, and to accept nobody for want of a keeper is worse
+/// than that.
+const CONFIG_WITHIN: Duration = Duration::from_secs(5);
+
 /// How a gateway is started.
 pub struct GatewayOptions {
     /// Stable over restarts.
@@ -85,10 +90,17 @@ pub struct GatewayHandle {
 pub struct Gateway;
 
 impl Gateway {
-    /// Listens, starts the shards, and registers with the keeper. Must be called within a tokio runtime.
-    pub fn start(options: GatewayOptions, agent: Agent) -> Result<GatewayHandle, GatewayError> {
+    /// Waits for the first configuration, listens, starts the shards, and registers with the keeper. Must be called within a
+    /// tokio runtime.
+    pub async fn start(options: GatewayOptions, agent: Agent) -> Result<GatewayHandle, GatewayError> {
         raise_file_limit();
         let metrics = Metrics::register(&options.metrics)?;
+        if tokio::time::timeout(CONFIG_WITHIN, agent.ready()).await.is_err() {
+            tracing::warn!(
+                waited = ?CONFIG_WITHIN,
+                "no configuration from the keeper yet, serving with the default limits and without apps until it comes"
+            );
+        }
         let count = match options.shards {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             count => count,

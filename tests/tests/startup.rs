@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
+use carillon_tests::mqtt::{Answer, Raw, connect};
 use carillon_tests::{Server, carillon, eventually, within};
 use serde_json::Value;
 
@@ -290,4 +291,72 @@ async fn the_roles_run_as_processes_of_their_own() {
         assert_eq!(unsafe { libc::kill(process.id().unwrap() as libc::pid_t, libc::SIGTERM) }, 0);
         assert_eq!(within("it ends", process.wait()).await.unwrap().code(), Some(0), "{name}");
     }
+}
+
+/// A process with its log in a file.
+fn logged(arguments: &[&str], log: &Path) -> tokio::process::Child {
+    carillon(arguments).stderr(std::fs::File::create(log).unwrap()).spawn().expect("it starts")
+}
+
+/// As soon as somebody listens there.
+async fn first_connection(address: &str) -> Raw {
+    let address = address.parse().unwrap();
+    within("somebody listens", async {
+        while tokio::net::TcpStream::connect(address).await.is_err() {
+            tokio::time::sleep(std::time::Duration::from_micros(200)).await;
+        }
+    })
+    .await;
+    Raw::connect(address).await
+}
+
+#[tokio::test]
+async fn a_gateway_takes_no_device_before_it_knows_its_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let log = dir.path().join("log");
+    let ports: Vec<String> = {
+        let sockets: Vec<TcpListener> = (0..8).map(|_| TcpListener::bind(ANY).unwrap()).collect();
+        sockets.iter().map(|socket| socket.local_addr().unwrap().to_string()).collect()
+    };
+    let url = format!("http://{}", ports[0]);
+    let gateway = |name: &str| {
+        let (data, any) = (data(name), ANY);
+        let arguments = ["gateway", "--data-dir", &data, "--keeper", &url, "--mqtt", &ports[2]];
+        logged(&[&arguments[..], &["--ws", any, "--ops", any, "--log-format", "text"]].concat(), &log)
+    };
+    // There is no keeper: it serves all the same, but not at once, and says so.
+    let began = std::time::Instant::now();
+    let mut alone = gateway("alone");
+    let mut device = first_connection(&ports[2]).await;
+    let took = began.elapsed();
+    assert!(took.as_secs_f64() > 4.5, "{took:?}");
+    device.send(&connect(5, "early", 60)).await;
+    assert!(matches!(device.answer().await, Answer::Packet(0x20, _)));
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(said.contains("serving with the default limits"), "{said}");
+    alone.kill().await.unwrap();
+
+    let mut keeper =
+        logged(&["keeper", "--data-dir", &data("keeper"), "--grpc", &ports[0], "--ops", ANY], &log);
+    eventually("the keeper takes a document", || async {
+        let set = ["config", "set", "gateway", "deny=['127.0.0.0/8']", "--keeper", &url];
+        let output = within("it ends", carillon(&set).output()).await.unwrap();
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
+        }
+    })
+    .await;
+    for round in 0..5 {
+        let began = std::time::Instant::now();
+        let mut gateway = gateway(&format!("gateway-{round}"));
+        let mut device = first_connection(&ports[2]).await;
+        assert!(began.elapsed().as_secs() < 4, "as soon as it knows: {:?}", began.elapsed());
+        device.send(&connect(5, "early", 60)).await;
+        assert_eq!(device.answer().await, Answer::Closed, "nobody may connect, the first one neither");
+        gateway.kill().await.unwrap();
+    }
+    keeper.kill().await.unwrap();
 }
