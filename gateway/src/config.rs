@@ -72,7 +72,8 @@ pub struct GatewayConfig {
     pub overload: OverloadConfig,
     /// Addresses that devices connect to, besides those of the command line.
     pub listeners: Vec<ListenerConfig>,
-    /// How long a kept session whose connection dropped stays here, to go on when its device comes back; 0 = not.
+    /// How long a kept session whose connection dropped stays here, to go on when its device comes back; 0 = not. As long
+    /// may a device that was sent to another gateway take to arrive there before it counts as away.
     pub resume_window_seconds: u32,
     /// A device that connected less than this ago is not moved by a rebalance, so that none is sent round in circles.
     pub rebalance_cooldown_seconds: u32,

@@ -337,3 +337,33 @@ async fn a_paced_broadcast_reaches_who_drops_before_its_turn() {
         assert_eq!(device.message(Duration::from_millis(200)).await, None, "once");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_moved_device_that_does_not_arrive_is_away_when_the_resume_window_is_over() {
+    let cluster = Cluster::start(2, PRESENCE).await;
+    cluster.cli(&["config", "set", "gateway", "resume_window_seconds=3"]).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let [first, second] = [0, 1].map(|i| cluster.gateways[i].mqtt);
+    let mut watcher = subscribed(second, &Options::kept(5, "watcher"), "demo/wills").await;
+    let mut device = Device::connected(first, &with_will("alice", 0)).await;
+    let before = eventually("both are online", || async {
+        let events = presence(&cluster).await;
+        if events == 2.0 { Ok(events) } else { Err(events) }
+    })
+    .await;
+    let drain = ["drain", &cluster.gateways[0].id, "--rate", "10"];
+    let (_, end) = tokio::join!(cluster.cli(&drain), device.next());
+    let began = Instant::now();
+    assert_eq!(end.expect("an end"), Packet::End(Some((0x9C, Some(second.to_string())))));
+    drop(device);
+    assert_eq!(presence(&cluster).await, before, "she is on her way");
+    // As one that dropped, and does not come back.
+    assert_eq!(text(&mut watcher).await, "alice is gone");
+    eventually("and her end is told", || async {
+        let events = presence(&cluster).await;
+        if events == before + 1.0 { Ok(()) } else { Err(events) }
+    })
+    .await;
+    let took = began.elapsed();
+    assert!((1..10).contains(&took.as_secs()), "{took:?}");
+}

@@ -11,9 +11,6 @@ use super::connect::{online, protocol};
 use crate::codec::{self, Disconnect, Version, reason};
 use crate::event::{ConnId, KickReason};
 
-/// How long the will of a device that was sent to another gateway waits for it to arrive there, at least.
-const MOVED_WILL_SECONDS: u32 = 30;
-
 /// Sockets of a shard kept until their devices have heard why they were disconnected, those of a drain aside: it keeps its
 /// own rate, and strangers must not be able to fill the table of open files.
 const MAX_LINGERING: usize = 256;
@@ -148,6 +145,12 @@ impl Shard {
         }
     }
 
+    /// How long the device may take to come back, here or at another gateway, before anybody hears that it is away: one that
+    /// was told to go to another gateway has as long as one whose connection dropped (`resume_window_seconds`).
+    pub(super) fn arrival_seconds(&self, why: &Reason) -> u32 {
+        if matches!(why, Reason::Moved { .. }) { self.config.resume_window_seconds } else { 0 }
+    }
+
     pub(super) fn close(&mut self, index: u32, why: Reason) {
         if !self.conns.contains(index as usize) {
             return;
@@ -204,7 +207,8 @@ impl Shard {
             self.send_acks(&session, positions);
         }
         self.shared.admission.leave_app(&session.app);
-        let left = session.guests().map(|guest| session.left(guest, why.label())).collect();
+        let arrival_ms = 1000 * u64::from(self.arrival_seconds(&why));
+        let left = session.guests().map(|guest| session.left(guest, why.label(), arrival_ms)).collect();
         self.guests_left(left);
         if session.is_online {
             self.apps[session.app_index as usize].1.connections -= 1;
@@ -223,6 +227,7 @@ impl Shard {
             let gone = v1::SessionChange {
                 online: false,
                 reason: why.label().to_owned(),
+                arrival_ms,
                 ..online(&session, false)
             };
             self.settle_will(&mut session, &why, gone);
@@ -247,7 +252,9 @@ impl Shard {
         // The will goes no later than the session does (MQTT 5.0 §3.1.3.2.2).
         let delay_seconds = match why {
             // The device is on its way; it has gone if it does not arrive.
-            Reason::Moved { .. } => will.delay_seconds.min(session.expiry_seconds).max(MOVED_WILL_SECONDS),
+            Reason::Moved { .. } => {
+                will.delay_seconds.min(session.expiry_seconds).max(self.arrival_seconds(why))
+            }
             _ => will.delay_seconds.min(session.expiry_seconds),
         };
         let delay = std::time::Duration::from_secs(delay_seconds.into());

@@ -405,6 +405,7 @@ pub(super) fn online(session: &Session, again: bool) -> v1::SessionChange {
                 due: false,
             })
         }),
+        arrival_ms: 0,
     }
 }
 

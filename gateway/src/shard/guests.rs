@@ -106,10 +106,11 @@ impl Session {
         Some(self.who_ref(guest.who()))
     }
 
-    pub fn left(&self, guest: &Guest, why: &str) -> Left {
+    /// `arrival_ms`: how long it may take to arrive elsewhere, if it was sent there.
+    pub fn left(&self, guest: &Guest, why: &str, arrival_ms: u64) -> Left {
         tracing::debug!(app = %guest.app, reason = why, "further app of a connection ends");
         let online = self.guest_online(guest, false);
-        let offline = v1::SessionChange { online: false, reason: why.to_owned(), ..online };
+        let offline = v1::SessionChange { online: false, reason: why.to_owned(), arrival_ms, ..online };
         Left { offline, key: guest.key, app_index: guest.app_index }
     }
 
@@ -251,8 +252,11 @@ impl Shard {
             self.send_acks(session, positions);
         }
         let Some(session) = &mut self.conns[index as usize].session else { return };
-        let left: Vec<Left> =
-            session.guests().filter(|guest| is_meant(guest)).map(|guest| session.left(guest, why)).collect();
+        let left: Vec<Left> = session
+            .guests()
+            .filter(|guest| is_meant(guest))
+            .map(|guest| session.left(guest, why, 0))
+            .collect();
         if left.is_empty() {
             return;
         }

@@ -2,7 +2,8 @@
 //!
 //! A session whose gateway's stream is gone is *lost*: it is no longer shown, but its end is reported only when the
 //! gateway is gone from discovery, or has not announced it again for a while. So a stream that breaks for a moment fires
-//! no presence events; nor does a device that its gateway has sent to another one, if it arrives there in that time.
+//! no presence events; nor does a device that its gateway has sent to another one, if it arrives there in the time that its
+//! gateway gives it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -55,8 +56,8 @@ struct Session {
 struct Lost {
     gateway: Attached,
     at_ms: u64,
-    /// It was sent to another gateway: that this one goes is of no account.
-    moved: bool,
+    /// It was sent to another gateway, and may take so long to arrive there: that this one goes is of no account.
+    arrival_ms: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -121,9 +122,11 @@ impl Sessions {
             });
             let Some(place) = place else { return };
             if change.reason == MOVED
+                && change.arrival_ms > 0
                 && let Some(attached) = routing.get(receiver)
             {
-                let lost = Lost { gateway: attached.clone(), at_ms: now_ms, moved: true };
+                let arrival_ms = Some(change.arrival_ms);
+                let lost = Lost { gateway: attached.clone(), at_ms: now_ms, arrival_ms };
                 self.lost += usize::from(user[place].lost.is_none());
                 user[place].lost = Some(Box::new(lost));
                 return;
@@ -210,7 +213,7 @@ impl Sessions {
         for session in self.users.values_mut().flatten() {
             if session.receiver == receiver && session.lost.is_none() {
                 session.lost =
-                    Some(Box::new(Lost { gateway: attached.clone(), at_ms: now_ms, moved: false }));
+                    Some(Box::new(Lost { gateway: attached.clone(), at_ms: now_ms, arrival_ms: None }));
                 self.lost += 1;
             }
         }
@@ -229,8 +232,8 @@ impl Sessions {
             return;
         }
         let why = |lost: &Lost| {
-            if lost.moved {
-                (now_ms.saturating_sub(lost.at_ms) >= LOST_MS).then_some(MOVED)
+            if let Some(arrival_ms) = lost.arrival_ms {
+                (now_ms.saturating_sub(lost.at_ms) >= arrival_ms).then_some(MOVED)
             } else if !routing.is_live(&lost.gateway.instance, lost.gateway.incarnation) {
                 Some("gateway_lost")
             } else {

@@ -597,6 +597,7 @@ fn change(client_id: &str, online: bool, connection: u64, since_ms: u64, again: 
         again,
         reason: if online { String::new() } else { "normal".into() },
         will: None,
+        arrival_ms: 0,
     }
 }
 
@@ -703,9 +704,20 @@ fn a_session_that_was_moved_is_not_reported_if_it_arrives() {
     bench.core.set_live([("g1".into(), 1), ("g2".into(), 1)].into());
     bench.attach_complete(1, "g1");
     bench.attach_complete(2, "g2");
-    let moved = |client| v1::SessionChange { reason: "moved".into(), ..change(client, false, 1, 10, false) };
-    bench.session(1, change("a", true, 1, 10, false));
-    bench.session(1, change("b", true, 1, 10, false));
+    let moved_in = |client, arrival_ms| v1::SessionChange {
+        reason: "moved".into(),
+        arrival_ms,
+        ..change(client, false, 1, 10, false)
+    };
+    let moved = |client| moved_in(client, 10_000);
+    for client in ["a", "b", "c"] {
+        bench.session(1, change(client, true, 1, 10, false));
+    }
+    assert_eq!(
+        bench.session(1, moved_in("c", 0)),
+        ["presence c offline sessions 2 moved"],
+        "no time to arrive"
+    );
     assert_eq!(bench.session(1, moved("a")), [""; 0]);
     assert_eq!(bench.session(1, moved("b")), [""; 0]);
     assert_eq!(bench.online(), [""; 0]);
@@ -715,7 +727,8 @@ fn a_session_that_was_moved_is_not_reported_if_it_arrives() {
     assert_eq!(bench.tick(1000), [""; 0]);
     assert_eq!(bench.session(2, change("a", true, 1, 20, false)), [""; 0]);
     assert_eq!(bench.online(), ["a@g2"]);
-    assert_eq!(bench.tick(30_000), ["presence b offline sessions 1 moved"]);
+    assert_eq!(bench.tick(8900), [""; 0]);
+    assert_eq!(bench.tick(100), ["presence b offline sessions 1 moved"]);
 }
 
 // --- wills ---
