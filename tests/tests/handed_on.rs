@@ -135,13 +135,15 @@ async fn a_wildcard_session_goes_from_shard_to_shard_under_a_stream_and_misses_n
         let mut publisher = Device::connect(mqtt, &Connect::new(5, "streamer")).await;
         let (mut sent, mut acked) = (0_u32, 0);
         while acked < sent || !stopped.load(std::sync::atomic::Ordering::Relaxed) {
-            while sent < acked + 30 && !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            while sent < acked + 8 && !stopped.load(std::sync::atomic::Ordering::Relaxed) {
                 sent += 1;
                 let id = (sent % 60_000) as u16 + 1;
                 publisher.publish(&Publish::new(1, id, &format!("stream/{sent}"), &sent.to_string())).await;
             }
             acked += 1;
             assert!(publisher.acked(PUBACK, (acked % 60_000) as u16 + 1).await < 0x80, "{acked}");
+            // As fast as the device takes it: not how it catches up is in question here, but what it is owed.
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
         sent
     });
