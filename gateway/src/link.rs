@@ -68,6 +68,8 @@ pub(crate) struct Inner {
     slots: ArcSwap<SlotMap>,
     /// The newest epoch known of each slot: older deliveries come from a deposed owner.
     epochs: Vec<AtomicU64>,
+    /// By slot: the newest epoch in which an owner has accepted a publish from here.
+    accepted: Vec<AtomicU64>,
     broadcasts: Mutex<HashMap<Arc<str>, BroadcastCount>>,
     wills: wills::Wills,
     /// To the table of members of shares.
@@ -135,6 +137,7 @@ impl Link {
             registries: RwLock::default(),
             slots: ArcSwap::default(),
             epochs: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            accepted: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
             broadcasts: Mutex::default(),
             wills: wills::Wills::default(),
             shares: share_commands,

@@ -1,6 +1,9 @@
 //! The order of what one connection publishes, while some of it has to be tried again: what is behind a message in the same
 //! slot, and so perhaps on its topic, waits for it. No I/O.
 //!
+//! So does what would go to a new owner of the slot while the former one has not answered, or while the new one has not
+//! accepted a first message: it may hear later than this gateway that the slot is its own.
+//!
 //! What was sent already when a message turned out to need another try is beyond recall: if its owner accepts it all the
 //! same, it is before. An owner that is deposed or gone accepts none of it.
 //!
@@ -25,10 +28,28 @@ pub(super) struct Publish {
 #[derive(Default)]
 pub(super) struct InOrder {
     next_ticket: u64,
-    /// Sent for the first time, and not answered: ticket and slot.
-    sent: VecDeque<(u64, u32)>,
+    /// Sent for the first time, and not answered.
+    sent: VecDeque<Sent>,
     /// Slots in which something is tried again.
     again: Vec<Again>,
+}
+
+#[derive(Clone, Copy)]
+struct Sent {
+    ticket: u64,
+    slot: u32,
+    /// Of the owner that it was sent to.
+    epoch: u64,
+}
+
+/// What is to be done with a message.
+pub(super) enum Begun {
+    /// It is to be sent now; its ticket.
+    Send(u64, Publish),
+    /// It waits for what is before it.
+    Waits,
+    /// The same, and its slot is to be looked after from now on, with [`next`](InOrder::next).
+    WaitsFirst,
 }
 
 /// What waits in one slot, by ticket: the first is tried, the others when it is accepted.
@@ -53,16 +74,21 @@ pub(super) enum Next {
 }
 
 impl InOrder {
-    /// Some: to be sent now, with its ticket. None: it waits for what is before it.
-    pub fn begin(&mut self, publish: Publish) -> Option<(u64, Publish)> {
+    /// `epoch`: of the slot's owner now; `accepts`: it has accepted something in that epoch.
+    pub fn begin(&mut self, publish: Publish, epoch: u64, accepts: bool) -> Begun {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        if let Some(again) = self.find(publish.slot) {
+        let slot = publish.slot;
+        if let Some(again) = self.find(slot) {
             again.waiting.insert(ticket, publish);
-            return None;
+            return Begun::Waits;
         }
-        self.sent.push_back((ticket, publish.slot));
-        Some((ticket, publish))
+        if self.sent.iter().any(|sent| sent.slot == slot && !(accepts && sent.epoch == epoch)) {
+            self.again.push(Again { slot, waiting: BTreeMap::from([(ticket, publish)]), has_failed: true });
+            return Begun::WaitsFirst;
+        }
+        self.sent.push_back(Sent { ticket, slot, epoch });
+        Begun::Send(ticket, publish)
     }
 
     fn find(&mut self, slot: u32) -> Option<&mut Again> {
@@ -71,7 +97,7 @@ impl InOrder {
 
     /// The answer to what was sent for the first time has come.
     pub fn answered(&mut self, ticket: u64) {
-        if let Some(at) = self.sent.iter().position(|(sent, _)| *sent == ticket) {
+        if let Some(at) = self.sent.iter().position(|sent| sent.ticket == ticket) {
             self.sent.remove(at);
         }
     }
@@ -92,7 +118,7 @@ impl InOrder {
 
     /// What to do in a slot after a pause.
     pub fn next(&mut self, slot: u32, now: Instant) -> Next {
-        let sent_before = self.sent.iter().filter(|(_, sent)| *sent == slot).map(|(ticket, _)| *ticket).min();
+        let sent_before = self.sent.iter().filter(|sent| sent.slot == slot).map(|sent| sent.ticket).min();
         let Some(again) = self.find(slot) else { return Next::End };
         let Some((&ticket, first)) = again.waiting.first_key_value() else {
             self.again.retain(|again| again.slot != slot);
@@ -114,10 +140,14 @@ impl InOrder {
     }
 
     /// After one was accepted those behind it are sent, one after the other, until one of them comes back.
-    pub fn follow(&mut self, slot: u32) -> Option<(u64, Publish)> {
+    pub fn follow(&mut self, slot: u32, epoch: u64) -> Option<(u64, Publish)> {
+        // Something is on its way to another owner.
+        if self.sent.iter().any(|sent| sent.slot == slot && sent.epoch != epoch) {
+            return None;
+        }
         let again = self.find(slot).filter(|again| !again.has_failed)?;
         let (ticket, publish) = again.waiting.pop_first()?;
-        self.sent.push_back((ticket, slot));
+        self.sent.push_back(Sent { ticket, slot, epoch });
         Some((ticket, publish))
     }
 }
@@ -132,6 +162,13 @@ mod tests {
         Publish { message, idempotent: false, slot, deadline, done: Box::new(|_| {}) }
     }
 
+    fn sent(begun: Begun) -> (u64, Publish) {
+        match begun {
+            Begun::Send(ticket, publish) => (ticket, publish),
+            _ => panic!("it waits"),
+        }
+    }
+
     fn tried(next: Next) -> u64 {
         match next {
             Next::Try(ticket, ..) => ticket,
@@ -144,43 +181,77 @@ mod tests {
         let now = Instant::now();
         let until = now + Duration::from_secs(10);
         let mut order = InOrder::default();
-        let (zero, first) = order.begin(publish(7, until)).expect("nothing is before it");
-        let (one, second) = order.begin(publish(7, until)).expect("nothing is known of the first yet");
+        let (zero, first) = sent(order.begin(publish(7, until), 1, true));
+        let (one, second) = sent(order.begin(publish(7, until), 1, true));
         order.answered(one);
         assert!(order.failed(one, second));
-        assert!(order.begin(publish(7, until)).is_none(), "it waits: ticket 2");
-        assert!(order.begin(publish(8, until)).is_some(), "on its way to another owner, perhaps: ticket 3");
+        assert!(matches!(order.begin(publish(7, until), 1, true), Begun::Waits), "ticket 2");
+        sent(order.begin(publish(8, until), 1, true)); // ticket 3, perhaps to another owner
         assert!(matches!(order.next(7, now), Next::Wait), "the first is not answered yet");
         order.answered(zero);
         assert!(!order.failed(zero, first), "its slot is looked after");
         assert_eq!(tried(order.next(7, now)), zero);
-        assert!(order.begin(publish(7, until)).is_none(), "ticket 4");
+        assert!(matches!(order.begin(publish(7, until), 1, true), Begun::Waits), "ticket 4");
         assert!(order.settled(7, zero).is_some());
         // Accepted: the others follow in their order.
-        let (ticket, again) = order.follow(7).unwrap();
+        let (ticket, again) = order.follow(7, 1).unwrap();
         assert_eq!(ticket, one);
-        assert_eq!(order.follow(7).unwrap().0, 2);
+        assert_eq!(order.follow(7, 1).unwrap().0, 2);
         // One comes back: no more go, and it is the first.
         order.answered(one);
         order.failed(one, again);
-        assert!(order.follow(7).is_none());
+        assert!(order.follow(7, 1).is_none());
         order.answered(2);
         assert_eq!(tried(order.next(7, now)), one);
         order.settled(7, one);
-        assert_eq!(order.follow(7).unwrap().0, 4);
-        assert!(order.follow(7).is_none());
+        assert_eq!(order.follow(7, 1).unwrap().0, 4);
+        assert!(order.follow(7, 1).is_none());
         assert!(matches!(order.next(7, now), Next::End));
-        assert!(order.begin(publish(7, until)).is_some(), "as ever");
+        sent(order.begin(publish(7, until), 1, true)); // as ever
+    }
+
+    #[test]
+    fn a_new_owner_gets_nothing_before_the_former_one_has_answered() {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(10);
+        let mut order = InOrder::default();
+        let (zero, first) = sent(order.begin(publish(7, until), 1, true));
+        assert!(matches!(order.begin(publish(7, until), 2, true), Begun::WaitsFirst), "ticket 1");
+        assert!(matches!(order.begin(publish(7, until), 2, true), Begun::Waits), "ticket 2");
+        assert!(matches!(order.next(7, now), Next::Wait));
+        order.answered(zero);
+        assert!(!order.failed(zero, first), "it was not the owner any more");
+        assert_eq!(tried(order.next(7, now)), zero);
+        order.settled(7, zero);
+        assert_eq!(order.follow(7, 2).unwrap().0, 1);
+        assert!(order.follow(7, 3).is_none(), "and once more");
+        order.answered(1);
+        assert_eq!(tried(order.next(7, now)), 2);
+        order.settled(7, 2);
+        assert!(matches!(order.next(7, now), Next::End));
+    }
+
+    #[test]
+    fn a_new_owner_gets_one_until_it_accepts() {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(10);
+        let mut order = InOrder::default();
+        let (zero, _) = sent(order.begin(publish(7, until), 1, false));
+        sent(order.begin(publish(8, until), 1, false));
+        assert!(matches!(order.begin(publish(7, until), 1, false), Begun::WaitsFirst), "ticket 2");
+        assert!(matches!(order.next(7, now), Next::Wait));
+        order.answered(zero);
+        assert_eq!(tried(order.next(7, now)), 2);
     }
 
     #[test]
     fn what_takes_too_long_is_given_up_in_its_order() {
         let now = Instant::now();
         let mut order = InOrder::default();
-        let (ticket, first) = order.begin(publish(7, now)).unwrap();
+        let (ticket, first) = sent(order.begin(publish(7, now), 1, true));
         order.answered(ticket);
         order.failed(ticket, first);
-        assert!(order.begin(publish(7, now + Duration::from_secs(1))).is_none());
+        assert!(matches!(order.begin(publish(7, now + Duration::from_secs(1)), 1, true), Begun::Waits));
         assert!(matches!(order.next(7, now), Next::GiveUp(_)));
         assert_eq!(tried(order.next(7, now)), 1, "the next has time left");
     }

@@ -1,6 +1,7 @@
 //! Messages from devices, forwarded to the owners of their topics.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use carillon_proto::exchange::CallError;
@@ -10,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::in_order::{InOrder, Next, Publish};
+use super::in_order::{Begun, InOrder, Next, Publish};
 use super::{Link, OWNER_WAIT};
 use crate::event::PublishOutcome;
 
@@ -26,6 +27,9 @@ pub const QUOTA_EXCEEDED: u8 = 0x97;
 pub struct Publisher {
     order: Arc<Mutex<InOrder>>,
 }
+
+/// A slot's owner, if it has one, and the epoch of its ownership.
+type Owner = (Option<Arc<str>>, u64);
 
 impl Link {
     /// Forwards a message; `done` is called once, from any thread, when it was accepted or refused or nobody answered in
@@ -54,17 +58,30 @@ impl Link {
         done: Box<dyn FnOnce(PublishOutcome) + Send>,
     ) {
         let (slot, deadline) = (topic::slot_of(&message.topic), Instant::now() + OWNER_WAIT);
-        let begun = publisher.order.lock().begin(Publish { message, idempotent, slot, deadline, done });
-        if let Some((ticket, publish)) = begun {
+        let (owner, epoch) = self.owner_now(&message.topic);
+        let accepts = self.inner.accepted[slot as usize].load(Ordering::Relaxed) == epoch;
+        let publish = Publish { message, idempotent, slot, deadline, done };
+        let begun = publisher.order.lock().begin(publish, epoch, accepts);
+        match begun {
             // The first try is queued here and now: order is the order of calls.
-            self.send(publisher, ticket, publish);
+            Begun::Send(ticket, publish) => self.send(publisher, ticket, publish, (owner, epoch)),
+            Begun::Waits => {}
+            Begun::WaitsFirst => {
+                drop(self.inner.runtime.spawn(self.clone().try_again(publisher.clone(), slot)))
+            }
         }
     }
 
-    fn send(&self, publisher: &Publisher, ticket: u64, publish: Publish) {
+    /// With the epoch of its ownership; nobody has epoch 0.
+    fn owner_now(&self, topic: &str) -> Owner {
+        let slots = self.inner.slots.load();
+        slots.owner_of(topic).map_or((None, 0), |(_, owner)| (Some(owner.instance.clone()), owner.epoch))
+    }
+
+    fn send(&self, publisher: &Publisher, ticket: u64, publish: Publish, owner: Owner) {
         let (message, idempotent, slot) = (publish.message.clone(), publish.idempotent, publish.slot);
         let (link, publisher) = (self.clone(), publisher.clone());
-        self.forward(message, idempotent, move |answer| {
+        self.forward(owner, message, idempotent, move |answer| {
             let outcome = outcome(answer);
             let mut order = publisher.order.lock();
             order.answered(ticket);
@@ -103,7 +120,9 @@ impl Link {
             // what QoS 1 promises, and cheaper than a look-up for each message; of QoS 2 the owner takes it
             // only once.
             let (answered, answer) = oneshot::channel();
-            self.forward(message, idempotent, move |result| drop(answered.send(result)));
+            let topic = message.topic.clone();
+            let owner = self.owner_now(&topic);
+            self.forward(owner, message, idempotent, move |result| drop(answered.send(result)));
             let Some(reason) = answer.await.ok().and_then(outcome) else {
                 backoff = (backoff * 2).min(Duration::from_millis(500));
                 continue;
@@ -114,23 +133,32 @@ impl Link {
                 (publish.done)(PublishOutcome { reason });
             }
             loop {
-                let followed = publisher.order.lock().follow(slot);
+                // All topics of a slot have one owner.
+                let owner = self.owner_now(&topic);
+                let followed = publisher.order.lock().follow(slot, owner.1);
                 let Some((ticket, publish)) = followed else { break };
-                self.send(&publisher, ticket, publish);
+                self.send(&publisher, ticket, publish, owner);
             }
         }
     }
 
     fn forward(
         &self,
+        (owner, epoch): Owner,
         message: v1::Message,
         idempotent: bool,
         answer: impl FnOnce(Result<v1::Published, CallError>) + Send + 'static,
     ) {
-        let owner = self.inner.owner(&message.topic);
         let registries = self.inner.registries.read();
         match owner.and_then(|owner| registries.get(&owner)) {
             Some(registry) => {
+                let (inner, slot) = (self.inner.clone(), topic::slot_of(&message.topic));
+                let answer = move |result: Result<v1::Published, CallError>| {
+                    if result.as_ref().is_ok_and(|reply| reply.code() == PublishCode::Accepted) {
+                        inner.accepted[slot as usize].fetch_max(epoch, Ordering::Relaxed);
+                    }
+                    answer(result);
+                };
                 let request =
                     v1::PublishRequest { correlation: 0, message: Some(message), store: None, idempotent };
                 registry.publish.call_then(request, answer);
