@@ -43,6 +43,7 @@ struct Sent {
 }
 
 /// What is to be done with a message.
+#[allow(clippy::large_enum_variant)] // it lives for one call, and nearly always is the large one
 pub(super) enum Begun {
     /// It is to be sent now; its ticket.
     Send(u64, Publish),

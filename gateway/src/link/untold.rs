@@ -44,7 +44,7 @@ struct State {
 
 enum Next {
     Tell {
-        op: Op,
+        op: Box<Op>,
         bytes: usize,
         until: Instant,
     },
@@ -130,7 +130,7 @@ impl Link {
             Op::OpenSession(open) => open.encoded_len(),
             _ => 0,
         };
-        let next = Next::Tell { op, bytes: bytes + 256, until: Instant::now() + TELL_WITHIN };
+        let next = Next::Tell { op: Box::new(op), bytes: bytes + 256, until: Instant::now() + TELL_WITHIN };
         self.inner.metrics.saver_untold.inc();
         match self.inner.untold.push(key, next) {
             Ok(true) => self.tell_first(key),
@@ -139,7 +139,7 @@ impl Link {
                 self.inner.metrics.saver_untold.dec();
                 self.inner.metrics.saver_given_up.inc();
                 if let Next::Tell { op, .. } = next {
-                    self.tell(op);
+                    self.tell(*op);
                 }
             }
         }
@@ -172,7 +172,7 @@ impl Link {
                 let state = self.inner.untold.state.lock();
                 match state.sessions.get(&key).and_then(VecDeque::front) {
                     None => return,
-                    Some(Next::Tell { op, until, .. }) => (op.clone(), *until),
+                    Some(Next::Tell { op, until, .. }) => ((**op).clone(), *until),
                     Some(Next::Open(open)) => {
                         let open = open.clone();
                         drop(state);
@@ -222,7 +222,7 @@ mod tests {
 
     fn tell(bytes: usize) -> Next {
         let op = Op::CloseSession(v1::CloseSession::default());
-        Next::Tell { op, bytes, until: Instant::now() }
+        Next::Tell { op: Box::new(op), bytes, until: Instant::now() }
     }
 
     fn sizes(untold: &Untold) -> (usize, usize) {
