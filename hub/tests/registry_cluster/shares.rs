@@ -256,6 +256,7 @@ async fn a_home_that_was_deposed_writes_nothing_over_what_its_successor_has_writ
         incarnation: 1,
         clean_start: false,
         expiry_seconds: 3600,
+        connected_ms: 0,
     };
     let attachment = match directory.ask_saver(Op::OpenSession(open)).await.unwrap() {
         saver_reply::Result::SessionOpened(opened) => {
