@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use carillon_tests::Server;
-use carillon_tests::hubs::Cluster;
+use carillon_tests::cluster::Cluster;
 use carillon_tests::mqtt::{Answer, Connect, Device, Publish};
 
 const PUBACK: u8 = 0x40;
@@ -14,8 +14,8 @@ const NOT_FOUND: u8 = 0x92;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_ends_while_the_saver_is_away_is_told_when_it_is_back() {
-    let mut cluster = Cluster::start(2).await;
-    let (first, second) = (cluster.mqtt(0), cluster.mqtt(1));
+    let mut cluster = Cluster::start(2, "").await;
+    let (first, second) = (cluster.gateways[0].mqtt, cluster.gateways[1].mqtt);
     let kept = |name: &str| Connect::kept(5, name);
     let mut device = Device::connect(first, &kept("sender")).await;
     device.publish(&Publish::new(2, 100, "handed/on", "once")).await;
@@ -44,9 +44,9 @@ async fn a_connection_that_ends_while_the_saver_is_away_is_told_when_it_is_back(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_that_dies_before_the_first_ack_takes_nothing_along() {
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::start(3, "").await;
     let kept = Connect::kept(5, "alice");
-    let mut device = Device::connect(cluster.mqtt(0), &kept).await;
+    let mut device = Device::connect(cluster.gateways[0].mqtt, &kept).await;
     assert_eq!(device.subscribe("handed/on", 1).await, 1);
     for text in ["one", "two", "three", "four"] {
         cluster.publish("handed/on", text).await;
@@ -64,13 +64,13 @@ async fn a_gateway_that_dies_before_the_first_ack_takes_nothing_along() {
     let left: Vec<_> = got[2..].iter().map(|publish| (publish.id, publish.payload.clone(), true)).collect();
     assert_eq!(left[0].0, 3, "not what a new connection would begin with");
     for gateway in 1..3 {
-        let mut device = Device::connect(cluster.mqtt(gateway), &kept).await;
+        let mut device = Device::connect(cluster.gateways[gateway].mqtt, &kept).await;
         assert!(device.is_present);
         let again = [device.got().await, device.got().await];
         let again: Vec<_> = again.into_iter().map(|got| (got.id, got.payload, got.dup)).collect();
         assert_eq!(again, left, "gateway {gateway}");
         if gateway == 1 {
-            cluster.kill_gateway(1).await;
+            cluster.gateways[1].kill().await;
         }
     }
 }
@@ -192,15 +192,14 @@ async fn a_wildcard_session_goes_from_shard_to_shard_under_a_stream_and_misses_n
     }
     let resumed = server.metric("carillon_gateway_resumed_total").await;
     assert!(rounds > 50 && resumed > 0.9 * f64::from(rounds as u32), "{resumed} of {rounds} went on here");
-    println!("{sent} messages, {rounds} rounds, {resumed} resumed");
 }
 
 /// While the owners of its topics come and go, what a device publishes to a topic is numbered in the order it was sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_device_publishes_keeps_its_order_while_owners_change() {
     const TOPICS: usize = 16;
-    let mut cluster = Cluster::start(1).await;
-    let mqtt = cluster.mqtt(0);
+    let mut cluster = Cluster::start(1, "").await;
+    let mqtt = cluster.gateways[0].mqtt;
     let mut receiver = Device::connect(mqtt, &Connect::new(5, "receiver")).await;
     // By their names: what of a wildcard's a registry takes along when it goes is seen with the topic's next message only.
     for topic in 0..TOPICS {
@@ -261,5 +260,4 @@ async fn what_a_device_publishes_keeps_its_order_while_owners_change() {
         let overtaken = numbers.windows(2).find(|pair| pair[0] > pair[1]);
         assert_eq!(overtaken, None, "on order/{topic}, {sent} messages");
     }
-    println!("{sent} messages in order");
 }

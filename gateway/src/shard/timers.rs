@@ -67,10 +67,8 @@ impl Timers {
         for tick in target - turns + 1..=target {
             let slot = &mut self.slots[tick as usize % SLOTS];
             self.len -= slot.len();
-            due.append(slot);
-            if slot.capacity() > 1024 {
-                slot.shrink_to_fit();
-            }
+            // Its room is not kept: each slot would come to keep that of its fullest turn.
+            due.append(&mut std::mem::take(slot));
         }
         self.now = target;
     }
@@ -107,5 +105,10 @@ mod tests {
         assert_eq!(due, [entry(3)]);
         assert_eq!(timers.now(), 100_000);
         assert_eq!(timers.len(), 0);
+        assert_eq!(
+            timers.slots.iter().map(Vec::capacity).sum::<usize>(),
+            0,
+            "what has come up takes no room"
+        );
     }
 }
