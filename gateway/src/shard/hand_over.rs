@@ -49,12 +49,12 @@ impl Shard {
     /// The other shard hears all from now on: the session is its own.
     pub(super) fn yield_to(&mut self, from: ConnId, to: ConnId) {
         let left = self.take_parked(from).and_then(|(mut left, holding)| {
-            // What waits behind a broadcast here reaches nobody there.
+            let holds: Vec<TopicId> = holding.topics().collect();
+            let is_whole = left.owed.take_in(holding, &self.topics);
+            // What waits behind a broadcast here reaches nobody there. It is newer than what has come by.
             for delivery in self.jobs.iter().flat_map(broadcast::Job::waiting) {
                 left.owe(delivery);
             }
-            let holds: Vec<TopicId> = holding.topics().collect();
-            let is_whole = left.owed.take_in(holding, &self.topics);
             for topic in holds {
                 self.release(topic);
             }

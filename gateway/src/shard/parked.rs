@@ -107,7 +107,8 @@ impl Owed {
     fn note_passed(&mut self, topic: &Arc<str>, prev: u64, seq: u64) {
         let due = self.due(topic);
         due.target = due.target.max(seq);
-        due.from.get_or_insert(prev);
+        // Whichever of them is heard of first.
+        due.from = Some(due.from.map_or(prev, |from| from.min(prev)));
     }
 }
 
@@ -317,8 +318,10 @@ impl Shard {
         for topic in holding.topics() {
             self.release(topic);
         }
-        self.link.sessions().release(left.session.key, id);
+        let key = left.session.key;
         self.give_up_parked(left.session, &why.unwrap_or(ended));
+        // Not before: whoever finds nobody here has the saver asked behind what it is told now.
+        self.link.sessions().release(key, id);
         true
     }
 
@@ -524,6 +527,18 @@ mod tests {
         let topic = "demo/s/x".to_owned();
         let seq = u64::from(stored);
         Arc::new(Delivery::new(v1::Message { topic, seq, stored, qos: 1, ..v1::Message::default() }))
+    }
+
+    #[test]
+    fn what_is_due_begins_with_the_oldest_whichever_is_heard_of_first() {
+        let mut side = Side::default();
+        side.keep();
+        side.come_by(&delivery(true));
+        let mut owed = Owed::default();
+        owed.note_passed(&"demo/s/x".into(), 1, 2);
+        side.let_go(&mut owed);
+        let due = &owed.due["demo/s/x"];
+        assert_eq!((due.from, due.target), (Some(0), 2));
     }
 
     #[test]
