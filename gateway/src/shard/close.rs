@@ -221,8 +221,9 @@ impl Shard {
             }
             return self.park(id, session, &conn.subs, why);
         }
-        self.link.sessions().release(session.key, id);
         self.close_kept(&mut session);
+        // Not before: whoever finds nobody here has the saver asked behind what it was told now.
+        self.link.sessions().release(session.key, id);
         if session.is_online {
             let gone = v1::SessionChange {
                 online: false,
