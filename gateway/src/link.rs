@@ -233,8 +233,10 @@ impl Link {
         let inner = self.inner.clone();
         // Not here: it waits for those that are being routed, and a shard waits for nothing.
         self.inner.runtime.spawn(async move {
-            drop(inner.delivering.write());
+            let none_under_way = inner.delivering.write();
+            // Still held: what is routed from now on is queued behind what this queues.
             then();
+            drop(none_under_way);
         });
     }
 
