@@ -84,12 +84,17 @@ impl InOrder {
             again.waiting.insert(ticket, publish);
             return Begun::Waits;
         }
-        if self.sent.iter().any(|sent| sent.slot == slot && !(accepts && sent.epoch == epoch)) {
+        if self.is_held_up(slot, epoch, accepts) {
             self.again.push(Again { slot, waiting: BTreeMap::from([(ticket, publish)]), has_failed: true });
             return Begun::WaitsFirst;
         }
         self.sent.push_back(Sent { ticket, slot, epoch });
         Begun::Send(ticket, publish)
+    }
+
+    /// Something is on its way to another owner, or to one that may not know yet that it is.
+    fn is_held_up(&self, slot: u32, epoch: u64, accepts: bool) -> bool {
+        self.sent.iter().any(|sent| sent.slot == slot && !(accepts && sent.epoch == epoch))
     }
 
     fn find(&mut self, slot: u32) -> Option<&mut Again> {
@@ -140,10 +145,10 @@ impl InOrder {
         self.find(slot)?.waiting.remove(&ticket)
     }
 
-    /// After one was accepted those behind it are sent, one after the other, until one of them comes back.
-    pub fn follow(&mut self, slot: u32, epoch: u64) -> Option<(u64, Publish)> {
-        // Something is on its way to another owner.
-        if self.sent.iter().any(|sent| sent.slot == slot && sent.epoch != epoch) {
+    /// After one was accepted those behind it are sent, one after the other, until one of them comes back. The owner may be
+    /// another by now: `epoch` and `accepts` as with [`begin`](Self::begin).
+    pub fn follow(&mut self, slot: u32, epoch: u64, accepts: bool) -> Option<(u64, Publish)> {
+        if self.is_held_up(slot, epoch, accepts) {
             return None;
         }
         let again = self.find(slot).filter(|again| !again.has_failed)?;
@@ -195,18 +200,18 @@ mod tests {
         assert!(matches!(order.begin(publish(7, until), 1, true), Begun::Waits), "ticket 4");
         assert!(order.settled(7, zero).is_some());
         // Accepted: the others follow in their order.
-        let (ticket, again) = order.follow(7, 1).unwrap();
+        let (ticket, again) = order.follow(7, 1, true).unwrap();
         assert_eq!(ticket, one);
-        assert_eq!(order.follow(7, 1).unwrap().0, 2);
+        assert_eq!(order.follow(7, 1, true).unwrap().0, 2);
         // One comes back: no more go, and it is the first.
         order.answered(one);
         order.failed(one, again);
-        assert!(order.follow(7, 1).is_none());
+        assert!(order.follow(7, 1, true).is_none());
         order.answered(2);
         assert_eq!(tried(order.next(7, now)), one);
         order.settled(7, one);
-        assert_eq!(order.follow(7, 1).unwrap().0, 4);
-        assert!(order.follow(7, 1).is_none());
+        assert_eq!(order.follow(7, 1, true).unwrap().0, 4);
+        assert!(order.follow(7, 1, true).is_none());
         assert!(matches!(order.next(7, now), Next::End));
         sent(order.begin(publish(7, until), 1, true)); // as ever
     }
@@ -224,8 +229,8 @@ mod tests {
         assert!(!order.failed(zero, first), "it was not the owner any more");
         assert_eq!(tried(order.next(7, now)), zero);
         order.settled(7, zero);
-        assert_eq!(order.follow(7, 2).unwrap().0, 1);
-        assert!(order.follow(7, 3).is_none(), "and once more");
+        assert_eq!(order.follow(7, 2, true).unwrap().0, 1);
+        assert!(order.follow(7, 3, true).is_none(), "and once more");
         order.answered(1);
         assert_eq!(tried(order.next(7, now)), 2);
         order.settled(7, 2);
@@ -243,6 +248,29 @@ mod tests {
         assert!(matches!(order.next(7, now), Next::Wait));
         order.answered(zero);
         assert_eq!(tried(order.next(7, now)), 2);
+    }
+
+    #[test]
+    fn what_follows_to_a_new_owner_goes_one_by_one_until_it_accepts() {
+        let now = Instant::now();
+        let until = now + Duration::from_secs(10);
+        let mut order = InOrder::default();
+        let (zero, first) = sent(order.begin(publish(7, until), 1, true));
+        assert!(matches!(order.begin(publish(7, until), 2, false), Begun::WaitsFirst), "ticket 1");
+        assert!(matches!(order.begin(publish(7, until), 2, false), Begun::Waits), "ticket 2");
+        order.answered(zero);
+        order.failed(zero, first);
+        assert_eq!(tried(order.next(7, now)), zero);
+        // The former owner has accepted it, just as the slot went to another, which may not have heard so.
+        order.settled(7, zero);
+        let (one, second) = order.follow(7, 2, false).unwrap();
+        assert_eq!(one, 1);
+        assert!(order.follow(7, 2, false).is_none(), "ticket 2 could be accepted when ticket 1 is not");
+        order.answered(one);
+        order.failed(one, second);
+        assert_eq!(tried(order.next(7, now)), one);
+        order.settled(7, one);
+        assert_eq!(order.follow(7, 2, true).unwrap().0, 2);
     }
 
     #[test]

@@ -59,7 +59,7 @@ impl Link {
     ) {
         let (slot, deadline) = (topic::slot_of(&message.topic), Instant::now() + OWNER_WAIT);
         let (owner, epoch) = self.owner_now(&message.topic);
-        let accepts = self.inner.accepted[slot as usize].load(Ordering::Relaxed) == epoch;
+        let accepts = self.accepts(slot, epoch);
         let publish = Publish { message, idempotent, slot, deadline, done };
         let begun = publisher.order.lock().begin(publish, epoch, accepts);
         match begun {
@@ -76,6 +76,11 @@ impl Link {
     fn owner_now(&self, topic: &str) -> Owner {
         let slots = self.inner.slots.load();
         slots.owner_of(topic).map_or((None, 0), |(_, owner)| (Some(owner.instance.clone()), owner.epoch))
+    }
+
+    /// Has the slot's owner accepted a publish from here in this epoch?
+    fn accepts(&self, slot: u32, epoch: u64) -> bool {
+        self.inner.accepted[slot as usize].load(Ordering::Relaxed) == epoch
     }
 
     fn send(&self, publisher: &Publisher, ticket: u64, publish: Publish, owner: Owner) {
@@ -135,7 +140,7 @@ impl Link {
             loop {
                 // All topics of a slot have one owner.
                 let owner = self.owner_now(&topic);
-                let followed = publisher.order.lock().follow(slot, owner.1);
+                let followed = publisher.order.lock().follow(slot, owner.1, self.accepts(slot, owner.1));
                 let Some((ticket, publish)) = followed else { break };
                 self.send(&publisher, ticket, publish, owner);
             }
