@@ -19,17 +19,21 @@ use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::time::Instant;
 
-use super::saver::SAVER_RETRY;
 use super::{Link, OWNER_WAIT};
 
 /// Things untold at a time; beyond it they are told once.
 const UNTOLD_MAX: usize = 100_000;
 /// And their bytes.
 const UNTOLD_BYTES: usize = 128 * 1024 * 1024;
+/// As much as the opening of a session takes while it waits, more or less.
+const OPEN_BYTES: usize = 512;
 /// How long a thing is told again: longer than a saver takes to be replaced.
 const TELL_WITHIN: Duration = Duration::from_secs(300);
+/// Between two tries: grows from the first to the second, jittered.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
-/// By session key; the first of each is on its way, or waits to be tried again.
+/// By session key; the first of each is on its way, or waits to be tried again. Whoever puts in the first of a session sees to
+/// it, and to what comes behind it, until nothing is left: one at a time for each session.
 #[derive(Default)]
 pub(super) struct Untold {
     state: Mutex<State>,
@@ -44,7 +48,7 @@ struct State {
 
 enum Next {
     Tell {
-        op: Box<Op>,
+        op: Arc<Op>,
         bytes: usize,
         until: Instant,
     },
@@ -54,6 +58,15 @@ enum Next {
 
 /// Called with whether it may be asked for now, or is given up.
 type Open = Box<dyn FnOnce(&Link, bool) + Send>;
+
+impl Next {
+    fn bytes(&self) -> usize {
+        match self {
+            Next::Tell { bytes, .. } => *bytes,
+            Next::Open(_) => OPEN_BYTES,
+        }
+    }
+}
 
 /// What becomes of a thing that was tried.
 #[derive(Debug, PartialEq, Eq)]
@@ -71,7 +84,7 @@ fn outcome(answer: &Result<SaverReply, CallError>, until: Instant, now: Instant)
     };
     match is_heard {
         true => Outcome::Heard,
-        false if now + SAVER_RETRY >= until => Outcome::GivenUp,
+        false if now + BACKOFF.0 >= until => Outcome::GivenUp,
         false => Outcome::Again,
     }
 }
@@ -84,33 +97,34 @@ impl Untold {
     /// Queues a thing. Ok(true): it is the first of its session. Err: there is no room for it.
     fn push(&self, key: u128, next: Next) -> Result<bool, Next> {
         let mut state = self.state.lock();
-        if let Next::Tell { bytes, .. } = &next {
-            if state.count >= UNTOLD_MAX || state.bytes + bytes > UNTOLD_BYTES {
-                return Err(next);
-            }
-            state.count += 1;
-            state.bytes += bytes;
+        let bytes = next.bytes();
+        if state.count >= UNTOLD_MAX || state.bytes + bytes > UNTOLD_BYTES {
+            return Err(next);
         }
+        state.count += 1;
+        state.bytes += bytes;
         let queue = state.sessions.entry(key).or_default();
         queue.push_back(next);
         Ok(queue.len() == 1)
     }
 
-    /// The first is done with.
-    fn pop(&self, key: u128) {
+    /// The first is done with. False: it was the last, and what comes next is seen to by whoever brings it.
+    fn pop(&self, key: u128) -> bool {
         let mut state = self.state.lock();
-        let Some(queue) = state.sessions.get_mut(&key) else { return };
+        let Some(queue) = state.sessions.get_mut(&key) else { return false };
         let popped = queue.pop_front();
-        if queue.is_empty() {
+        let has_more = !queue.is_empty();
+        if !has_more {
             state.sessions.remove(&key);
         }
-        if let Some(Next::Tell { bytes, .. }) = popped {
+        if let Some(popped) = popped {
             state.count -= 1;
-            state.bytes -= bytes;
+            state.bytes -= popped.bytes();
         }
         if state.sessions.is_empty() && state.sessions.capacity() > 1024 {
             state.sessions = HashMap::new();
         }
+        has_more
     }
 }
 
@@ -130,49 +144,55 @@ impl Link {
             Op::OpenSession(open) => open.encoded_len(),
             _ => 0,
         };
-        let next = Next::Tell { op: Box::new(op), bytes: bytes + 256, until: Instant::now() + TELL_WITHIN };
+        let next = Next::Tell { op: Arc::new(op), bytes: bytes + 256, until: Instant::now() + TELL_WITHIN };
         self.inner.metrics.saver_untold.inc();
         match self.inner.untold.push(key, next) {
-            Ok(true) => self.tell_first(key),
+            Ok(true) => self.tell_first(key, BACKOFF.0),
             Ok(false) => {}
             Err(next) => {
                 self.inner.metrics.saver_untold.dec();
                 self.inner.metrics.saver_given_up.inc();
                 if let Next::Tell { op, .. } = next {
-                    self.tell(*op);
+                    self.tell(Arc::unwrap_or_clone(op));
                 }
             }
         }
     }
 
-    /// Calls back when everything before is told, at once if nothing is; or with false, when that takes too long.
+    /// Calls back when everything before is told, at once if nothing is; or with false, when that takes too long or too many
+    /// wait.
     pub(super) fn after_told(&self, key: u128, open: impl FnOnce(&Link, bool) + Send + 'static) {
         if !self.inner.untold.state.lock().sessions.contains_key(&key) {
             return open(self, true);
         }
         let open: Arc<Mutex<Option<Open>>> = Arc::new(Mutex::new(Some(Box::new(open))));
-        if let Ok(true) = self.inner.untold.push(key, Next::Open(open.clone())) {
+        let too_late = |link: &Link, open: &Mutex<Option<Open>>| {
+            let late = open.lock().take();
+            if let Some(open) = late {
+                open(link, false);
+            }
+        };
+        match self.inner.untold.push(key, Next::Open(open.clone())) {
             // It was told meanwhile.
-            return self.tell_first(key);
+            Ok(true) => return self.tell_first(key, BACKOFF.0),
+            Ok(false) => {}
+            Err(_) => return too_late(self, &open),
         }
         let link = self.clone();
         self.inner.runtime.spawn(async move {
             tokio::time::sleep(OWNER_WAIT).await;
-            let late = open.lock().take();
-            if let Some(open) = late {
-                open(&link, false);
-            }
+            too_late(&link, &open);
         });
     }
 
-    /// Goes on with what is first of this session, as far as it goes without waiting.
-    fn tell_first(&self, key: u128) {
+    /// Goes on with what is first of this session, as far as it goes without waiting. `retry`: after what time, if it fails.
+    fn tell_first(&self, key: u128, retry: Duration) {
         loop {
             let (op, until) = {
                 let state = self.inner.untold.state.lock();
                 match state.sessions.get(&key).and_then(VecDeque::front) {
                     None => return,
-                    Some(Next::Tell { op, until, .. }) => ((**op).clone(), *until),
+                    Some(Next::Tell { op, until, .. }) => (op.clone(), *until),
                     Some(Next::Open(open)) => {
                         let open = open.clone();
                         drop(state);
@@ -181,28 +201,33 @@ impl Link {
                         if let Some(open) = due {
                             open(self, true);
                         }
-                        self.inner.untold.pop(key);
-                        continue;
+                        if self.inner.untold.pop(key) {
+                            continue;
+                        }
+                        return;
                     }
                 }
             };
             let link = self.clone();
-            let answered = move |answer| link.told(key, until, &answer);
+            let answered = move |answer| link.told(key, until, retry, &answer);
             return match self.inner.saver.load().as_ref() {
-                Some(saver) => saver.call_then(SaverRequest { correlation: 0, op: Some(op) }, answered),
+                Some(saver) => {
+                    let request = SaverRequest { correlation: 0, op: Some(Op::clone(&op)) };
+                    saver.call_then(request, answered);
+                }
                 None => answered(Err(CallError::Disconnected("a saver".to_owned()))),
             };
         }
     }
 
-    fn told(&self, key: u128, until: Instant, answer: &Result<SaverReply, CallError>) {
+    fn told(&self, key: u128, until: Instant, retry: Duration, answer: &Result<SaverReply, CallError>) {
         let outcome = outcome(answer, until, Instant::now());
+        let link = self.clone();
         if outcome == Outcome::Again {
-            let link = self.clone();
             // A task only for what needs another try.
             self.inner.runtime.spawn(async move {
-                tokio::time::sleep(SAVER_RETRY).await;
-                link.tell_first(key);
+                tokio::time::sleep(retry.mul_f64(rand::random_range(0.5..1.5))).await;
+                link.tell_first(key, (retry * 2).min(BACKOFF.1));
             });
             return;
         }
@@ -211,8 +236,15 @@ impl Link {
             tracing::warn!(within = ?TELL_WITHIN, "the saver could not be told how a session stands");
         }
         self.inner.metrics.saver_untold.dec();
-        self.inner.untold.pop(key);
-        self.tell_first(key);
+        if !self.inner.untold.pop(key) {
+            return;
+        }
+        if outcome == Outcome::Heard {
+            self.tell_first(key, BACKOFF.0);
+        } else {
+            // It may have failed here and now, and so may all that is behind it: not one within the other.
+            self.inner.runtime.spawn(async move { link.tell_first(key, BACKOFF.0) });
+        }
     }
 }
 
@@ -222,7 +254,7 @@ mod tests {
 
     fn tell(bytes: usize) -> Next {
         let op = Op::CloseSession(v1::CloseSession::default());
-        Next::Tell { op: Box::new(op), bytes, until: Instant::now() }
+        Next::Tell { op: Arc::new(op), bytes, until: Instant::now() }
     }
 
     fn sizes(untold: &Untold) -> (usize, usize) {
@@ -256,11 +288,14 @@ mod tests {
         assert!(matches!(untold.push(1, tell(10)), Ok(true)));
         assert!(matches!(untold.push(1, tell(20)), Ok(false)));
         assert!(matches!(untold.push(2, tell(30)), Ok(true)), "another session's");
-        untold.pop(1);
+        assert!(untold.pop(1), "there is more");
         assert_eq!(sizes(&untold), (2, 50));
         for key in [1, 2] {
-            untold.pop(key);
+            assert!(!untold.pop(key), "and now nobody sees to this session");
         }
+        assert!(matches!(untold.push(1, tell(10)), Ok(true)), "but who brings the next");
+        assert!(!untold.pop(1));
+        assert!(!untold.pop(1));
         assert!(untold.is_empty());
         assert_eq!(sizes(&untold), (0, 0));
     }
@@ -275,5 +310,7 @@ mod tests {
             assert!(untold.push(key, tell(1)).is_ok());
         }
         assert!(untold.push(u128::MAX, tell(1)).is_err());
+        let open = Next::Open(Arc::new(Mutex::new(None)));
+        assert!(untold.push(0, open).is_err(), "what waits to be opened counts as well");
     }
 }
