@@ -51,6 +51,11 @@ pub enum Event {
         session: v1::SessionRef,
         result: Result<v1::SessionOpened, SaverFailure>,
     },
+    /// The saver has forgotten what it kept for this connection.
+    TakenUp {
+        conn: ConnId,
+        result: Result<(), SaverFailure>,
+    },
     /// `outcomes`: of each filter that was asked for, in order; an error is its reason code.
     Subscribed {
         conn: ConnId,

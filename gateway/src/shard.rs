@@ -302,6 +302,7 @@ impl Shard {
             }
             Event::Behind { topic, head } => self.topic_is_behind(&topic, head),
             Event::Opened { conn, session, result } => self.opened(conn, session, result),
+            Event::TakenUp { conn, result } => self.taken_up(conn, result),
             Event::Subscribed { conn, packet_id, outcomes } => self.subscribed(conn, packet_id, outcomes),
             Event::Unsubscribed { conn, packet_id, kept } => self.unsubscribed(conn, packet_id, kept),
             Event::Published { conn, ticket, outcome } => self.published(conn, ticket, outcome),

@@ -82,13 +82,15 @@ impl Link {
     /// Answered by [`Event::Opened`].
     pub fn open_session(&self, conn: ConnId, key: u128, open: v1::OpenSession) {
         let session = open.session.clone().unwrap_or_default();
-        let expiry_seconds = open.expiry_seconds;
         let begin = move |link: &Link, may: bool| {
             let asked = may.then(|| link.ask(Op::OpenSession(open)));
             let link = link.clone();
             link.inner.runtime.clone().spawn(async move {
                 let result = match asked {
-                    Some(asked) => link.opened(key, &session, expiry_seconds, asked.await).await,
+                    Some(asked) => asked.await.and_then(|reply| match reply {
+                        Reply::SessionOpened(opened) => Ok(opened),
+                        other => Err(unexpected("OpenSession", &other)),
+                    }),
                     None => Err(SaverFailure::Unavailable("the session's end is not told yet".to_owned())),
                 };
                 link.answer(conn, Event::Opened { conn, session, result });
@@ -97,31 +99,14 @@ impl Link {
         self.after_told(key, begin);
     }
 
-    /// The saver is to forget the identifiers that the device has not released before it can release one and use it for
-    /// another message (SessionOpened.delivery). The restoring of subscriptions makes it, if there are any.
-    async fn opened(
-        &self,
-        key: u128,
-        session: &v1::SessionRef,
-        expiry_seconds: u32,
-        answer: Result<Reply, SaverFailure>,
-    ) -> Result<v1::SessionOpened, SaverFailure> {
-        let opened = match answer? {
-            Reply::SessionOpened(opened) => opened,
-            other => return Err(unexpected("OpenSession", &other)),
-        };
-        let has_received = opened.delivery.as_ref().is_some_and(|delivery| !delivery.received.is_empty());
-        if has_received && opened.subscriptions.is_empty() {
-            let (session, attachment) = (Some(session.clone()), opened.attachment);
-            let taken_up = v1::Ack { session: session.clone(), attachment, positions: Vec::new() };
-            if let Err(error) = self.ask(Op::Ack(taken_up)).await {
-                let (sent, delivery) = (Vec::new(), opened.delivery);
-                let close = v1::CloseSession { session, attachment, expiry_seconds, sent, delivery };
-                self.close_session(key, close);
-                return Err(error);
-            }
-        }
-        Ok(opened)
+    /// The saver is to forget what it has kept for the next connection, for this is it. Answered by [`Event::TakenUp`].
+    pub fn take_up(&self, conn: ConnId, session: v1::SessionRef, attachment: u64) {
+        let asked = self.ask(Op::Ack(v1::Ack { session: Some(session), attachment, positions: Vec::new() }));
+        let link = self.clone();
+        self.inner.runtime.spawn(async move {
+            let result = asked.await.map(drop);
+            link.answer(conn, Event::TakenUp { conn, result });
+        });
     }
 
     pub fn ack(&self, ack: v1::Ack) {

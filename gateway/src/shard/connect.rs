@@ -253,30 +253,42 @@ impl Shard {
         };
         let opened = match result {
             Ok(opened) => opened,
-            Err(error) => {
-                tracing::warn!(%error, "session could not be opened");
-                return self.refuse(
-                    index,
-                    reason::SERVER_UNAVAILABLE,
-                    "the session could not be opened, try again",
-                );
-            }
+            Err(error) => return self.refuse_unopened(index, &error),
         };
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         session.attachment = opened.kept.then_some(opened.attachment);
         let delivery = opened.delivery.unwrap_or_default();
+        let has_received = !delivery.received.is_empty();
         session.inflight = Inflight::restored(delivery.in_flight).map(Box::new);
         session.publishing = Publishing::restored(delivery.received).map(Box::new);
         if let Some(opening) = &mut session.opening {
             opening.session_present = opened.present;
             opening.sent = delivery.sent;
         }
-        if opened.subscriptions.is_empty() {
-            self.accept_connect(index);
-        } else {
+        if !opened.subscriptions.is_empty() {
             self.restore_subscriptions(index, opened.subscriptions);
+        } else if has_received {
+            // The saver is to forget the identifiers that the device has not released before it can release one and use
+            // it for another message (SessionOpened.delivery); the restoring of subscriptions makes it. From here, where a
+            // connection that ends meanwhile tells it again what there was.
+            self.link.take_up(id, session.session_ref(), opened.attachment);
+        } else {
+            self.accept_connect(index);
         }
+    }
+
+    pub(super) fn taken_up(&mut self, id: ConnId, result: Result<(), SaverFailure>) {
+        let Some(index) = self.find(id) else { return };
+        match result {
+            Ok(()) => self.accept_connect(index),
+            Err(error) => self.refuse_unopened(index, &error),
+        }
+    }
+
+    fn refuse_unopened(&mut self, index: u32, error: &SaverFailure) {
+        tracing::warn!(%error, "session could not be opened");
+        self.refuse(index, reason::SERVER_UNAVAILABLE, "the session could not be opened, try again");
     }
 
     /// Is the CONNACK to come one that the device takes? What it says may not be left out, so it is not said at all
