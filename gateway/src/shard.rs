@@ -25,6 +25,7 @@ mod pace;
 mod parked;
 mod publish;
 mod publishing;
+mod reached;
 mod read;
 mod resend;
 mod secure;

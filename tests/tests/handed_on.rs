@@ -23,15 +23,34 @@ async fn a_connection_that_ends_while_the_saver_is_away_is_told_when_it_is_back(
     let mut forgets = Device::connect(first, &kept("forgets")).await;
     assert_eq!(forgets.subscribe("handed/on", 1).await, 1);
     drop(forgets);
+    let mut receiver = Device::connect(first, &kept("receiver")).await;
+    assert_eq!(receiver.subscribe("handed/over", 2).await, 2);
+    device.publish(&Publish::new(2, 101, "handed/over", "received")).await;
+    assert!(device.acked(PUBREC, 101).await < 0x80);
+    let received = receiver.got().await;
+    assert_eq!(received.qos, 2);
     // Beyond the time that a request may wait for the saver's stream.
     cluster.kill_hub().await;
     drop(device);
+    // Nobody hears how far the device is until its connection ends, and that is told later.
+    receiver.ack(PUBREC, received.id).await;
+    assert_eq!(receiver.acked(PUBREL, received.id).await, 0);
+    drop(receiver);
     // A clean start that keeps nothing needs no saver.
     let clean = Device::connect(first, &Connect { keep_alive: 600, ..Connect::new(5, "forgets") }).await;
     assert!(!clean.is_present);
     tokio::time::sleep(Duration::from_secs(12)).await;
     cluster.restart_hub().await;
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    carillon_tests::eventually("the saver has heard it", || async {
+        let untold = cluster.metric(0, "carillon_gateway_saver_untold_sessions").await;
+        if untold == 0.0 { Ok(()) } else { Err(format!("{untold} untold")) }
+    })
+    .await;
+    let mut receiver = Device::connect(second, &kept("receiver")).await;
+    assert!(receiver.is_present);
+    assert_eq!(receiver.acked(PUBREL, received.id).await, 0, "it has the message");
+    receiver.ack(PUBCOMP, received.id).await;
+    receiver.nothing().await;
     let mut device = Device::connect(second, &kept("sender")).await;
     assert!(device.is_present);
     device.ack(PUBREL, 100).await;

@@ -27,6 +27,10 @@ impl Shard {
         let conn = &mut self.conns[index as usize];
         let Some(session) = &mut conn.session else { return };
         let refused = ack.reason_code >= 0x80;
+        let inflight = session.inflight.as_ref().filter(|_| session.attachment.is_some());
+        if let Some((topic, seq)) = inflight.and_then(|inflight| inflight.position(ack.packet_id)) {
+            session.reached.get_or_insert_default().note(topic, seq);
+        }
         let received = match &mut session.inflight {
             Some(inflight) => inflight.received(ack.packet_id, refused),
             None => Received::Unknown,

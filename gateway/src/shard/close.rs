@@ -267,6 +267,9 @@ impl Shard {
         let Some(attachment) = session.attachment else { return };
         let (mut sent, mut in_flight) =
             session.inflight.take().map(|inflight| inflight.state()).unwrap_or_default();
+        if let Some(reached) = session.reached.take() {
+            reached.add_to(&mut sent);
+        }
         // What went to a guest is not the session's to keep; the identifiers of QoS 2 are.
         sent.retain(|position| session.is_own(&position.topic));
         super::inflight::identifiers_alone(&mut in_flight, |topic| !session.is_own(topic));

@@ -15,6 +15,7 @@ use super::inflight::Inflight;
 use super::layers::{Layers, first_phase};
 use super::outbound::Outbound;
 use super::publishing::Publishing;
+use super::reached::Reached;
 use super::timers::Tick;
 use super::topics::{SubOptions, SubRef, TopicId};
 use crate::admission::SourceId;
@@ -127,6 +128,8 @@ pub struct Session {
     pub unsubscribing: Option<Box<Vec<u8>>>,
     /// By topic: seq of the last stored message sent, for topics that only a filter with wildcards matches.
     pub wild_last: Option<Box<HashMap<Arc<str>, u64>>>,
+    /// Of a kept session, if there is QoS 2.
+    pub reached: Option<Box<Reached>>,
     pub next_packet_id: u16,
 }
 

@@ -134,6 +134,7 @@ impl Shard {
             pending: None,
             unsubscribing: None,
             wild_last: None,
+            reached: None,
             next_packet_id: 0,
         }
     }

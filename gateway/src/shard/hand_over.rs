@@ -164,6 +164,7 @@ impl Shard {
         let Some(session) = &mut self.conns[index as usize].session else { return };
         session.attachment = before.attachment;
         session.wild_last = before.wild_last.take();
+        session.reached = before.reached.take();
         session.waiting = before.waiting.take();
         session.next_packet_id = before.next_packet_id;
         session.inflight = before.inflight.take().and_then(|inflight| inflight.resumed()).map(Box::new);

@@ -64,6 +64,15 @@ impl Inflight {
         found.map(|flight| flight.state = FlightState::Done).is_some()
     }
 
+    /// Of a message of QoS 2 from a log that waits for its PUBREC.
+    pub fn position(&self, packet_id: u16) -> Option<(&Arc<str>, u64)> {
+        let is_it = |flight: &&Flight| {
+            flight.packet_id == packet_id && flight.qos == QoS::ExactlyOnce && !flight.is_retained
+        };
+        let (topic, seq) = self.flights.iter().find(is_it)?.position.as_ref()?;
+        Some((topic, *seq))
+    }
+
     /// PUBREC; `refused`: with a reason code of 0x80 or more.
     pub fn received(&mut self, packet_id: u16, refused: bool) -> Received {
         let Some(flight) = self.find(packet_id, QoS::ExactlyOnce) else { return Received::Unknown };

@@ -305,8 +305,12 @@ impl Shard {
                 reached.push((name.into(), sent.seq));
             }
         }
-        for position in reached {
-            self.settle(index, Some(position));
+        for (topic, seq) in reached {
+            if let Some(session) = &mut self.conns[index as usize].session {
+                // The acknowledgement of this may be lost as well.
+                session.reached.get_or_insert_default().note(&topic, seq);
+            }
+            self.settle(index, Some((topic, seq)));
         }
     }
 
