@@ -46,8 +46,8 @@ impl Link {
     }
 
     /// As [`publish`](Self::publish), for a message with an id that another may publish too: it is accepted once.
-    pub fn publish_once(&self, message: v1::Message) {
-        self.publish_as(&Publisher::default(), message, true, Box::new(|_| {}));
+    pub fn publish_once(&self, publisher: &Publisher, message: v1::Message) {
+        self.publish_as(publisher, message, true, Box::new(|_| {}));
     }
 
     fn publish_as(

@@ -7,7 +7,7 @@ use std::time::Duration;
 use carillon_proto::{now_ms, topic, v1};
 use parking_lot::Mutex;
 
-use super::{AttachCommand, Inner, Link};
+use super::{AttachCommand, Inner, Link, Publisher};
 
 /// By session key.
 #[derive(Default)]
@@ -24,11 +24,18 @@ struct Waiting {
 
 impl Link {
     /// Publishes a will after its delay, unless its session comes back first, here or at another gateway. `change`: how the
-    /// session stands without it.
-    pub fn publish_will(&self, key: u128, change: v1::SessionChange, message: v1::Message, delay: Duration) {
+    /// session stands without it; `publisher`: what it has published before, which a will without a delay stays behind.
+    pub fn publish_will(
+        &self,
+        key: u128,
+        change: v1::SessionChange,
+        message: v1::Message,
+        delay: Duration,
+        publisher: &Publisher,
+    ) {
         if delay.is_zero() {
             self.session_changed(change);
-            return self.publish_now(message);
+            return self.publish_now(publisher, message);
         }
         let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
         let will = v1::Will { message: Some(message.clone()), delay_ms, due: true };
@@ -47,7 +54,7 @@ impl Link {
                 }
             };
             let Some(waiting) = waiting else { return };
-            link.publish_now(message);
+            link.publish_now(&Publisher::default(), message);
             link.session_changed(v1::SessionChange { online: false, will: None, ..waiting.change });
         });
         let waits =
@@ -77,10 +84,10 @@ impl Link {
         self.session_changed(gone);
     }
 
-    fn publish_now(&self, mut message: v1::Message) {
+    fn publish_now(&self, publisher: &Publisher, mut message: v1::Message) {
         message.published_ms = now_ms();
         // The owner of the inbox may come to publish it too.
-        self.publish_once(message);
+        self.publish_once(publisher, message);
     }
 }
 

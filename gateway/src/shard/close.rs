@@ -259,7 +259,9 @@ impl Shard {
             _ => will.delay_seconds.min(session.expiry_seconds),
         };
         let delay = std::time::Duration::from_secs(delay_seconds.into());
-        self.link.publish_will(session.key, change, will.message, delay);
+        let publisher = session.publishing.as_ref().map(|publishing| publishing.publisher.clone());
+        let publisher = publisher.unwrap_or_default();
+        self.link.publish_will(session.key, change, will.message, delay, &publisher);
     }
 
     /// Tells the saver where its session stands.
@@ -277,7 +279,7 @@ impl Shard {
             // The CONNECT was not even answered: it stands where it stood.
             sent.clone_from(&opening.sent);
         }
-        let received = session.publishing.take().map(|publishing| publishing.state()).unwrap_or_default();
+        let received = session.publishing.as_ref().map(|publishing| publishing.state()).unwrap_or_default();
         let close = v1::CloseSession {
             session: Some(session.session_ref()),
             attachment,
