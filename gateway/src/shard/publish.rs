@@ -185,6 +185,7 @@ impl Shard {
                     codec::puback(&mut self.scratch, version, packet_id, code, None);
                 }
                 QoS::ExactlyOnce => {
+                    publishing.answered(packet_id);
                     // With an error the identifier is free at once (MQTT 5.0 §4.3.3).
                     if code < 0x80 || version == Version::V4 {
                         publishing.accepted(packet_id);

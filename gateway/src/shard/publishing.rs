@@ -65,6 +65,11 @@ impl Publishing {
         is_repeated.then_some(message_id)
     }
 
+    /// QoS 2: it is answered on this connection; what an earlier one forwarded with this identifier is done with.
+    pub fn answered(&mut self, packet_id: u16) {
+        self.unanswered.retain(|(id, _)| *id != packet_id);
+    }
+
     /// QoS 2: from now until its PUBREL this identifier stands for a message that was accepted.
     pub fn accepted(&mut self, packet_id: u16) {
         if !self.has_received(packet_id) {
@@ -74,6 +79,7 @@ impl Publishing {
 
     /// PUBREL. False: there is nothing to release.
     pub fn released(&mut self, packet_id: u16) -> bool {
+        self.answered(packet_id);
         let at = self.received.iter().position(|(id, _)| *id == packet_id);
         at.map(|at| self.received.swap_remove(at)).is_some()
     }
@@ -169,6 +175,18 @@ mod tests {
         assert_eq!(next.earlier_id(2, true).as_deref(), Some("two"));
         assert_eq!(next.earlier_id(2, true), None, "once");
         assert_eq!(next.earlier_id(3, true), None, "it was refused");
+    }
+
+    #[test]
+    fn an_identifier_that_was_answered_or_released_stands_for_no_earlier_message() {
+        let told =
+            [2, 3].map(|packet_id| v1::ReceivedPublish { packet_id, message_id: "earlier".to_owned() });
+        let mut publishing = Publishing::restored(told.into()).unwrap();
+        publishing.answered(2);
+        assert_eq!(publishing.earlier_id(2, true), None, "an error, and it is free");
+        assert!(!publishing.released(3));
+        assert_eq!(publishing.earlier_id(3, true), None);
+        assert!(publishing.is_empty());
     }
 
     #[test]
