@@ -228,7 +228,7 @@ impl Shard {
             let gone = v1::SessionChange {
                 online: false,
                 reason: why.label().to_owned(),
-                arrival_ms,
+                arrival_ms: Some(arrival_ms),
                 ..online(&session, false)
             };
             self.settle_will(&mut session, &why, gone);

@@ -418,7 +418,7 @@ pub(super) fn online(session: &Session, again: bool) -> v1::SessionChange {
                 due: false,
             })
         }),
-        arrival_ms: 0,
+        arrival_ms: None,
     }
 }
 

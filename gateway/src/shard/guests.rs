@@ -110,7 +110,12 @@ impl Session {
     pub fn left(&self, guest: &Guest, why: &str, arrival_ms: u64) -> Left {
         tracing::debug!(app = %guest.app, reason = why, "further app of a connection ends");
         let online = self.guest_online(guest, false);
-        let offline = v1::SessionChange { online: false, reason: why.to_owned(), arrival_ms, ..online };
+        let offline = v1::SessionChange {
+            online: false,
+            reason: why.to_owned(),
+            arrival_ms: Some(arrival_ms),
+            ..online
+        };
         Left { offline, key: guest.key, app_index: guest.app_index }
     }
 

@@ -330,7 +330,7 @@ impl Shard {
         let gone = carillon_proto::v1::SessionChange {
             online: false,
             reason: why.label().to_owned(),
-            arrival_ms: 1000 * u64::from(self.arrival_seconds(why)),
+            arrival_ms: Some(1000 * u64::from(self.arrival_seconds(why))),
             ..online(&session, false)
         };
         self.link.session_ended(session.key, gone);

@@ -122,10 +122,10 @@ impl Sessions {
             });
             let Some(place) = place else { return };
             if change.reason == MOVED
-                && change.arrival_ms > 0
+                && change.arrival_ms != Some(0)
                 && let Some(attached) = routing.get(receiver)
             {
-                let arrival_ms = Some(change.arrival_ms);
+                let arrival_ms = Some(change.arrival_ms.unwrap_or(LOST_MS));
                 let lost = Lost { gateway: attached.clone(), at_ms: now_ms, arrival_ms };
                 self.lost += usize::from(user[place].lost.is_none());
                 user[place].lost = Some(Box::new(lost));

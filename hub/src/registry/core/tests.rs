@@ -597,7 +597,7 @@ fn change(client_id: &str, online: bool, connection: u64, since_ms: u64, again: 
         again,
         reason: if online { String::new() } else { "normal".into() },
         will: None,
-        arrival_ms: 0,
+        arrival_ms: None,
     }
 }
 
@@ -698,6 +698,19 @@ fn sessions_of_a_gateway_that_is_gone_end() {
 }
 
 #[test]
+fn a_moved_session_has_30_s_to_arrive_if_its_gateway_does_not_say() {
+    let mut bench = Bench::new();
+    with_presence(&mut bench);
+    bench.core.set_live([("g1".into(), 1)].into());
+    bench.attach_complete(1, "g1");
+    bench.session(1, change("a", true, 1, 10, false));
+    let moved = v1::SessionChange { reason: "moved".into(), ..change("a", false, 1, 10, false) };
+    assert_eq!(bench.session(1, moved), [""; 0]);
+    assert_eq!(bench.tick(29_900), [""; 0]);
+    assert_eq!(bench.tick(100), ["presence a offline sessions 0 moved"]);
+}
+
+#[test]
 fn a_session_that_was_moved_is_not_reported_if_it_arrives() {
     let mut bench = Bench::new();
     with_presence(&mut bench);
@@ -709,12 +722,12 @@ fn a_session_that_was_moved_is_not_reported_if_it_arrives() {
         arrival_ms,
         ..change(client, false, 1, 10, false)
     };
-    let moved = |client| moved_in(client, 10_000);
+    let moved = |client| moved_in(client, Some(10_000));
     for client in ["a", "b", "c"] {
         bench.session(1, change(client, true, 1, 10, false));
     }
     assert_eq!(
-        bench.session(1, moved_in("c", 0)),
+        bench.session(1, moved_in("c", Some(0))),
         ["presence c offline sessions 2 moved"],
         "no time to arrive"
     );
