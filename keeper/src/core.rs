@@ -54,7 +54,6 @@ impl Default for Limits {
 /// Shared by the calls and the leader's tasks.
 pub(crate) struct Core {
     pub node: Node,
-    pub cluster_id: String,
     pub kinds: Vec<DocumentKind>,
     pub limits: Limits,
     pub leases: Leases,
@@ -70,11 +69,17 @@ impl From<Unavailable> for Status {
             Unavailable::Failed(_) | Unavailable::NotLeader { .. } => Status::unavailable(error.to_string()),
             // It may still be decided.
             Unavailable::Timeout => Status::deadline_exceeded(error.to_string()),
+            Unavailable::Unknown(_) => Status::unknown(error.to_string()),
         }
     }
 }
 
 impl Core {
+    /// Empty until this node belongs to one.
+    pub(crate) fn cluster_id(&self) -> String {
+        self.node.identity().cluster().map(|cluster| cluster.to_string()).unwrap_or_default()
+    }
+
     /// Writes, whatever the quota. `Some(revision)` when the compares held.
     pub(crate) async fn write(&self, txn: v1::TxnRequest) -> Result<Option<u64>, Status> {
         let applied = self.node.propose(v1::KeeperEntry { txn: Some(txn) }).await?;

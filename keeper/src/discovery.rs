@@ -5,9 +5,10 @@ use carillon_proto::{now_ms, v1};
 use prost::Message as _;
 use rand::RngExt as _;
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::core::{Core, compare_mod_revision, decode, lease_gone, put};
+use crate::raft::network::within;
 
 /// Shortest and longest time to live of a lease, milliseconds.
 pub(crate) const TTL_MS: std::ops::RangeInclusive<u64> = 500..=600_000;
@@ -15,6 +16,8 @@ pub(crate) const TTL_MS: std::ops::RangeInclusive<u64> = 500..=600_000;
 const MAX_INSTANCE_BYTES: usize = 16 * 1024;
 /// A write that others keep getting in the way of is given up after this many attempts.
 const ATTEMPTS: usize = 8;
+/// What only the leader can answer is given up after this.
+const FORWARD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 /// Most documents that one report tells of.
 const MAX_REPORTS: usize = 256;
 
@@ -51,9 +54,21 @@ impl Core {
         Ok(v1::LeaseGrantResponse { lease, ttl_ms })
     }
 
-    /// Only the leader can tell; its own clock is what counts.
-    pub(crate) fn keep_alive(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
-        if self.node.leadership().borrow().is_none() {
+    /// Only the leader can tell: its clock is what counts.
+    pub(crate) async fn keep_alive(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
+        if self.node.leads() {
+            return self.keep_alive_here(lease);
+        }
+        let request = within(FORWARD_TIMEOUT, v1::LeaseKeepAliveRequest { lease });
+        let answer = self.node.leader_client()?.keep_alive(request).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| match status.code() {
+            Code::NotFound => status,
+            _ => Status::unavailable(format!("the leader does not answer: {}", status.message())),
+        })
+    }
+
+    pub(crate) fn keep_alive_here(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
+        if !self.node.leads() {
             return Err(Status::unavailable("this keeper is not the leader"));
         }
         let ttl_ms = self.node.state().lease_ttl_ms(lease).ok_or_else(|| lease_gone(lease))?;

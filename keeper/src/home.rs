@@ -3,15 +3,21 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rand::RngExt as _;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
+
+use crate::identity::{Identity, node_text};
 
 /// Of everything in the directory; a keeper refuses any other.
 const FORMAT: u32 = 1;
 const IDENTITY: &str = "keeper.json";
 const LOCK: &str = "lock";
+/// What a node holds besides: consensus' own.
+const PARTS: [&str; 2] = ["log", "snapshot"];
+/// Where it is put when the node starts over; what was there from an earlier time is deleted.
+const FORMER: &str = "former";
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -30,26 +36,38 @@ pub enum HomeError {
     Io { path: PathBuf, source: io::Error },
 }
 
-/// Who this node is; written once, before anything else.
+/// Who this node is, as it is written; before anything else, and again when the cluster is known.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Identity {
+struct Record {
     format: u32,
+    /// Empty: of none yet.
     cluster_id: String,
     /// Random: never an ordinal, so that a node which has lost its disk is another node.
     node_id: u64,
 }
 
+impl Record {
+    fn new() -> Self {
+        Record { format: FORMAT, cluster_id: String::new(), node_id: rand::rng().random_range(1..=u64::MAX) }
+    }
+
+    fn identity(&self) -> Arc<Identity> {
+        let cluster = (!self.cluster_id.is_empty()).then_some(self.cluster_id.as_str());
+        Arc::new(Identity::new(self.node_id, cluster))
+    }
+}
+
 /// An opened data directory. The lock is held until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Home {
-    pub cluster_id: String,
-    pub node_id: u64,
+    path: PathBuf,
+    identity: Arc<Identity>,
     /// Kept open for its lock.
     _lock: File,
 }
 
 impl Home {
-    /// Opens the directory, or makes it one of a new cluster when it is empty or missing.
+    /// Opens the directory; one that is empty or missing becomes a blank node's.
     pub(crate) fn open(path: &Path, expected_cluster: Option<&str>) -> Result<Home, HomeError> {
         let io = |source| HomeError::Io { path: path.to_owned(), source };
         fs::create_dir_all(path).map_err(io)?;
@@ -65,25 +83,90 @@ impl Home {
             Err(TryLockError::WouldBlock) => return Err(HomeError::InUse { path: path.to_owned() }),
             Err(TryLockError::Error(error)) => return Err(io(error)),
         }
-        let identity = if identity_path.exists() {
+        let record = if identity_path.exists() {
             read(&identity_path)?
         } else {
-            let cluster_id = expected_cluster.map_or_else(|| Uuid::new_v4().to_string(), str::to_owned);
-            let identity =
-                Identity { format: FORMAT, cluster_id, node_id: rand::rng().random_range(1..=u64::MAX) };
-            write(path, &identity).map_err(io)?;
-            tracing::info!(cluster = identity.cluster_id, node = identity.node_id, "new keeper founded");
-            identity
+            let record = Record::new();
+            write(path, &record).map_err(io)?;
+            tracing::info!(node = node_text(record.node_id), "a new keeper node");
+            record
         };
+        if record.cluster_id.is_empty() {
+            // A node of no cluster has decided nothing: what lies there is empty, or was being put aside.
+            set_aside(path).map_err(io)?;
+        }
         match expected_cluster {
-            Some(expected) if expected != identity.cluster_id => Err(HomeError::OtherCluster {
-                path: path.to_owned(),
-                found: identity.cluster_id,
-                expected: expected.to_owned(),
-            }),
-            _ => Ok(Home { cluster_id: identity.cluster_id, node_id: identity.node_id, _lock: lock }),
+            Some(expected) if !record.cluster_id.is_empty() && expected != record.cluster_id => {
+                Err(HomeError::OtherCluster {
+                    path: path.to_owned(),
+                    found: record.cluster_id,
+                    expected: expected.to_owned(),
+                })
+            }
+            _ => Ok(Home { path: path.to_owned(), identity: record.identity(), _lock: lock }),
         }
     }
+
+    pub(crate) fn identity(&self) -> &Arc<Identity> {
+        &self.identity
+    }
+
+    /// Writes down which cluster this node belongs to. It never changes after that.
+    pub(crate) fn settle(&self, cluster: &str) -> Result<(), HomeError> {
+        match self.identity.cluster() {
+            Some(present) if *present == *cluster => return Ok(()),
+            Some(present) => {
+                return Err(HomeError::OtherCluster {
+                    path: self.path.clone(),
+                    found: present.to_string(),
+                    expected: cluster.to_owned(),
+                });
+            }
+            None => {}
+        }
+        let record =
+            Record { format: FORMAT, cluster_id: cluster.to_owned(), node_id: self.identity.node_id() };
+        write(&self.path, &record).map_err(|source| HomeError::Io { path: self.path.clone(), source })?;
+        self.identity.set_cluster(cluster);
+        Ok(())
+    }
+
+    /// Makes this a blank node with a new id. What the former one held is put aside, in `former`.
+    pub(crate) fn start_over(&mut self) -> Result<(), HomeError> {
+        let start_over = || -> io::Result<Record> {
+            let former = self.path.join(FORMER);
+            if former.exists() {
+                fs::remove_dir_all(&former)?;
+            }
+            fs::create_dir(&former)?;
+            fs::copy(self.path.join(IDENTITY), former.join(IDENTITY))?;
+            // The new identity first: after a crash in between, a log is found with an identity that is of no cluster,
+            // and put aside as well.
+            let record = Record::new();
+            write(&self.path, &record)?;
+            set_aside(&self.path)?;
+            Ok(record)
+        };
+        let record = start_over().map_err(|source| HomeError::Io { path: self.path.clone(), source })?;
+        self.identity = record.identity();
+        Ok(())
+    }
+}
+
+/// Puts log and snapshot into `former`, if there is one that has none yet; or else away.
+fn set_aside(path: &Path) -> io::Result<()> {
+    for part in PARTS.map(|part| path.join(part)) {
+        let former = path.join(FORMER).join(part.file_name().unwrap_or_default());
+        if !part.exists() {
+            continue;
+        }
+        if path.join(FORMER).exists() && !former.exists() {
+            fs::rename(part, former)?;
+        } else {
+            fs::remove_dir_all(part)?;
+        }
+    }
+    File::open(path)?.sync_all()
 }
 
 /// Nothing but what a crash while founding leaves may be in a directory without an identity.
@@ -98,7 +181,7 @@ fn refuse_foreign(path: &Path) -> Result<(), HomeError> {
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Identity, HomeError> {
+fn read(path: &Path) -> Result<Record, HomeError> {
     let text = fs::read(path).map_err(|source| HomeError::Io { path: path.to_owned(), source })?;
     let damaged = |reason: String| HomeError::Damaged { path: path.to_owned(), reason };
     // The format first: a later one may look different in the rest.
@@ -112,17 +195,17 @@ fn read(path: &Path) -> Result<Identity, HomeError> {
         }
         None => return Err(damaged("it does not say its format".to_owned())),
     }
-    let identity: Identity = serde_json::from_value(value).map_err(|error| damaged(error.to_string()))?;
-    if identity.node_id == 0 || identity.cluster_id.is_empty() {
-        return Err(damaged("it names no node or no cluster".to_owned()));
+    let record: Record = serde_json::from_value(value).map_err(|error| damaged(error.to_string()))?;
+    if record.node_id == 0 {
+        return Err(damaged("it names no node".to_owned()));
     }
-    Ok(identity)
+    Ok(record)
 }
 
-fn write(directory: &Path, identity: &Identity) -> io::Result<()> {
+fn write(directory: &Path, record: &Record) -> io::Result<()> {
     let new = directory.join(format!("{IDENTITY}.new"));
     let mut file = File::create(&new)?;
-    file.write_all(&serde_json::to_vec_pretty(identity)?)?;
+    file.write_all(&serde_json::to_vec_pretty(record)?)?;
     file.write_all(b"\n")?;
     file.sync_all()?;
     fs::rename(&new, directory.join(IDENTITY))?;

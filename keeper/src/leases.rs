@@ -27,6 +27,16 @@ pub(crate) struct Leases {
     granted: Notify,
 }
 
+/// The leases that an entry grants, and their times to live.
+pub(crate) fn grants(entry: &v1::KeeperEntry) -> Vec<(u64, u64)> {
+    let ops = entry.txn.iter().flat_map(|txn| txn.then.iter().chain(&txn.otherwise));
+    let grants = ops.filter_map(|op| match &op.op {
+        Some(v1::op::Op::GrantLease(grant)) => Some((grant.lease, grant.ttl_ms)),
+        _ => None,
+    });
+    grants.collect()
+}
+
 impl Leases {
     /// This node leads from now on: every lease gets its whole time again, and `grace`, because its holder may first
     /// have to find this node.
@@ -62,6 +72,15 @@ impl Leases {
             deadlines.insert(lease, now + Duration::from_millis(ttl_ms));
         }
         self.granted.notify_one();
+    }
+
+    /// Those that an entry of another node has granted, if it was carried out.
+    pub(crate) fn granted_all(&self, grants: &[(u64, u64)], applied: &v1::KeeperApplied) {
+        if applied.missing_lease == 0 && applied.txn.as_ref().is_some_and(|txn| txn.succeeded) {
+            for &(lease, ttl_ms) in grants {
+                self.granted(lease, ttl_ms, Instant::now());
+            }
+        }
     }
 
     /// Brings the deadlines in line with the leases that there are.

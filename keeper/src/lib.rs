@@ -1,7 +1,8 @@
 //! The keeper: Raft, and on it typed configuration, discovery, slot assignment and commands. DESIGN.md §6.
 //!
 //! [`Keeper::start`] gives a running keeper on a listener; everyone speaks to it over gRPC, most with `carillon-agent`.
-//! A keeper is a single node for now. What decides ([`state`], [`slots`]) is pure; what consensus is made of stays in
+//! Alone or one of several, it is the same code: any node can be asked anything, what only the leader can do is handed to
+//! it. What decides ([`state`], [`slots`]) is pure; what consensus is made of stays in
 //! [`raft`].
 
 mod commands;
@@ -9,8 +10,12 @@ mod configuration;
 mod core;
 mod discovery;
 mod home;
+mod identity;
+mod joining;
 mod leases;
+mod membership;
 pub mod metrics;
+mod peers;
 mod raft;
 mod service;
 mod slots;
@@ -23,6 +28,7 @@ use std::time::Duration;
 
 use carillon_agent::document::DocumentKind;
 use carillon_proto::MAX_GRPC_MESSAGE_BYTES;
+use carillon_proto::v1::keeper_peer_server::KeeperPeerServer;
 use carillon_proto::v1::keeper_server::KeeperServer;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
@@ -33,13 +39,19 @@ use crate::core::Core;
 pub use crate::core::Limits;
 use crate::home::Home;
 pub use crate::home::HomeError;
+use crate::identity::node_text;
+use crate::joining::Standing;
 use crate::leases::Leases;
 use crate::metrics::Metrics;
-use crate::raft::{Node, NodeError};
+use crate::peers::Peers;
+use crate::raft::network::Network;
+use crate::raft::{Node, NodeError, Storage, StorageError};
 use crate::service::Service;
 
-/// A node that founds or finds its cluster must lead within this.
+/// A node that is alone must lead within this.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// A leader that stops hands its lead over within this, if somebody can take it.
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Calls under way are given this long to end when the keeper stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -55,6 +67,9 @@ pub struct KeeperOptions {
     pub cluster_id: Option<String>,
     /// `host:port` that others reach this node at; None: the listener's address.
     pub advertise: Option<String>,
+    /// `host:port` of all keepers that are to form the cluster, this one among them; the first founds it. Empty: this
+    /// node alone.
+    pub peers: Vec<String>,
     /// Where its metrics go, until it is stopped.
     pub registry: Option<prometheus::Registry>,
     pub limits: Limits,
@@ -69,6 +84,7 @@ impl KeeperOptions {
             kinds,
             cluster_id: None,
             advertise: None,
+            peers: Vec::new(),
             registry: None,
             limits: Limits::default(),
         }
@@ -82,6 +98,8 @@ pub enum KeeperError {
     Home(#[from] HomeError),
     #[error("keeper: {0}")]
     Node(String),
+    #[error("keeper: peer {peer} is of cluster {found}, not of {expected}")]
+    OtherCluster { peer: String, found: String, expected: String },
     #[error("keeper: two document kinds are called {0}")]
     DuplicateKind(&'static str),
     #[error("keeper: it did not become the leader within {} s", READY_TIMEOUT.as_secs())]
@@ -98,12 +116,20 @@ impl From<NodeError> for KeeperError {
     }
 }
 
+impl From<StorageError> for KeeperError {
+    fn from(error: StorageError) -> Self {
+        KeeperError::Node(error.to_string())
+    }
+}
+
 /// How a keeper is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeeperStatus {
     pub cluster_id: String,
     pub node_id: u64,
     pub leads: bool,
+    /// It hears a leader, or leads and hears a majority.
+    pub in_touch: bool,
     pub term: u64,
     pub applied_index: u64,
     pub snapshot_index: u64,
@@ -128,15 +154,16 @@ impl Keeper {
             }
         }
         let addr = options.listener.local_addr().map_err(KeeperError::Listener)?;
+        let advertise = options.advertise.unwrap_or_else(|| addr.to_string());
         let (path, expected) = (options.data_dir.clone(), options.cluster_id.clone());
-        let home = tokio::task::spawn_blocking(move || Home::open(&path, expected.as_deref()))
+        let mut home = tokio::task::spawn_blocking(move || Home::open(&path, expected.as_deref()))
             .await
             .map_err(|error| KeeperError::Node(error.to_string()))??;
-        let advertise = options.advertise.unwrap_or_else(|| addr.to_string());
-        let (node, observer) = Node::start(home.node_id, &options.data_dir, advertise).await?;
+        let storage = verified(&mut home, &options.data_dir, &options.peers, &advertise).await?;
+        let home = Arc::new(home);
+        let (node, observer) = Node::start(home.identity().clone(), storage).await?;
         let core = Arc::new(Core {
             node,
-            cluster_id: home.cluster_id.clone(),
             kinds: options.kinds,
             limits: options.limits,
             leases: Leases::default(),
@@ -144,13 +171,6 @@ impl Keeper {
             publishing: tokio::sync::Mutex::new(()),
             stop: CancellationToken::new(),
         });
-        let mut leadership = core.node.leadership();
-        let led = tokio::time::timeout(READY_TIMEOUT, leadership.wait_for(Option::is_some)).await;
-        if !matches!(led, Ok(Ok(_))) {
-            core.node.stop().await;
-            let failure = core.node.failure().borrow().clone();
-            return Err(failure.map_or(KeeperError::NoLeader, KeeperError::Node));
-        }
         let registered = match options.registry.map(|registry| metrics::register(&core, registry)).transpose()
         {
             Ok(registered) => registered,
@@ -163,15 +183,86 @@ impl Keeper {
         tasks.spawn(leases::run(core.clone()));
         tasks.spawn(slots::run(core.clone()));
         tasks.spawn(commands::sweep(core.clone()));
-        let server = tokio::spawn(serve(core.clone(), options.listener));
-        tracing::info!(%addr, cluster = core.cluster_id, revision = core.node.state().revision(), "keeper is ready");
-        let running = Running { server, tasks, observer, _registered: registered, _home: home };
-        Ok(KeeperHandle { addr, core, running: Some(running) })
+        tasks.spawn(membership::steward(core.clone(), advertise.clone()));
+        let server = tokio::spawn(serve(core.clone(), &home, options.listener));
+        let (not_joined, failure) = tokio::sync::watch::channel(None);
+        let running = Running { server, tasks, observer, _registered: registered, _home: home.clone() };
+        let mut handle = KeeperHandle { addr, core: core.clone(), failure, running: Some(running) };
+        let cluster_id = options.cluster_id;
+        if options.peers.is_empty() {
+            let alone = async {
+                joining::join(&core, &home, &advertise, &[], cluster_id.as_deref()).await?;
+                handle.lead().await
+            };
+            if let Err(error) = alone.await {
+                handle.stop().await;
+                return Err(error);
+            }
+            tracing::info!(%addr, cluster = core.cluster_id(), revision = core.node.state().revision(), "keeper is ready");
+        } else if let Some(running) = &mut handle.running {
+            running.tasks.spawn(async move {
+                let joined =
+                    joining::join(&core, &home, &advertise, &options.peers, cluster_id.as_deref()).await;
+                if let Err(error) = joined {
+                    not_joined.send_replace(Some(error.to_string()));
+                    core.stop.cancelled().await;
+                }
+            });
+            tracing::info!(%addr, node = node_text(handle.core.node.id()), "keeper serves");
+        }
+        Ok(handle)
     }
 }
 
-async fn serve(core: Arc<Core>, listener: TcpListener) {
+/// Opens what is on disk; when the cluster has gone on without this node, it starts over as another one.
+async fn verified(
+    home: &mut Home,
+    data_dir: &std::path::Path,
+    peers: &[String],
+    advertise: &str,
+) -> Result<Storage, KeeperError> {
+    let mut storage = Storage::open(data_dir).await?;
+    let found = storage.look().await?;
+    let own = home.identity().node_id();
+    let known = found.members.iter().filter(|(id, _)| *id != own).map(|(_, address)| address);
+    let mut addresses: Vec<String> =
+        known.chain(peers).filter(|address| *address != advertise).cloned().collect();
+    addresses.sort();
+    addresses.dedup();
+    let Some(cluster) = home.identity().cluster().filter(|_| found.last_log.is_some()) else {
+        return Ok(storage);
+    };
+    if addresses.is_empty() {
+        return Ok(storage);
+    }
+    let network = Network::new(home.identity().clone());
+    match joining::standing(&network, own, &cluster, &found, &addresses).await {
+        Standing::AsBefore => return Ok(storage),
+        Standing::Removed => tracing::warn!(
+            node = node_text(own),
+            "this node was taken out of its cluster: it starts over as a new one; what it held is kept in former/"
+        ),
+        Standing::Stale { confirmed, found } => tracing::warn!(
+            node = node_text(own),
+            confirmed,
+            found,
+            "this disk is older than what the node has confirmed: it starts over as a new one; what it held is kept in former/"
+        ),
+    }
+    storage.close();
+    home.start_over()?;
+    Ok(Storage::open(data_dir).await?)
+}
+
+fn serve(
+    core: Arc<Core>,
+    home: &Arc<Home>,
+    listener: TcpListener,
+) -> impl Future<Output = ()> + Send + use<> {
     let service = KeeperServer::new(Service::new(core.clone()))
+        .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
+    let peers = KeeperPeerServer::new(Peers::new(core.clone(), home))
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -179,10 +270,12 @@ async fn serve(core: Arc<Core>, listener: TcpListener) {
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(service)
-        .serve_with_incoming_shutdown(incoming, core.stop.clone().cancelled_owned())
-        .await;
-    if let Err(error) = served {
-        tracing::error!(%error, "keeper does not serve any more");
+        .add_service(peers)
+        .serve_with_incoming_shutdown(incoming, core.stop.clone().cancelled_owned());
+    async move {
+        if let Err(error) = served.await {
+            tracing::error!(%error, "keeper does not serve any more");
+        }
     }
 }
 
@@ -192,17 +285,30 @@ struct Running {
     observer: JoinHandle<()>,
     _registered: Option<metrics::Registered>,
     /// Last: the directory is locked until everything else has ended.
-    _home: Home,
+    _home: Arc<Home>,
 }
 
 /// A running keeper. Dropping it ends the keeper without waiting; [`KeeperHandle::stop`] waits.
 pub struct KeeperHandle {
     addr: SocketAddr,
     core: Arc<Core>,
+    /// Why it cannot join its cluster, if it cannot.
+    failure: tokio::sync::watch::Receiver<Option<String>>,
     running: Option<Running>,
 }
 
 impl KeeperHandle {
+    /// Waits until this node leads.
+    async fn lead(&self) -> Result<(), KeeperError> {
+        let mut leadership = self.core.node.leadership();
+        let led = tokio::time::timeout(READY_TIMEOUT, leadership.wait_for(Option::is_some)).await;
+        if matches!(led, Ok(Ok(_))) {
+            return Ok(());
+        }
+        let failure = self.core.node.failure().borrow().clone();
+        Err(failure.map_or(KeeperError::NoLeader, KeeperError::Node))
+    }
+
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
@@ -215,13 +321,14 @@ impl KeeperHandle {
 
     pub fn status(&self) -> KeeperStatus {
         let progress = self.core.node.progress();
-        let leads = self.core.node.leadership().borrow().is_some();
+        let leads = self.core.node.leads();
         let failure = self.core.node.failure().borrow().clone();
         let state = self.core.node.state();
         KeeperStatus {
-            cluster_id: self.core.cluster_id.clone(),
+            cluster_id: self.core.cluster_id(),
             node_id: self.core.node.id(),
             leads,
+            in_touch: self.core.node.in_touch(),
             term: progress.term,
             applied_index: progress.applied,
             snapshot_index: progress.snapshot,
@@ -236,12 +343,13 @@ impl KeeperHandle {
     /// Resolves when the keeper cannot go on (its disk fails, consensus has ended), with the reason: the process had
     /// better end.
     pub fn failed(&self) -> impl Future<Output = String> + Send + use<> {
-        let mut failure = self.core.node.failure();
+        let (mut consensus, mut joining) = (self.core.node.failure(), self.failure.clone());
         async move {
-            match failure.wait_for(Option::is_some).await {
-                Ok(failure) => failure.clone().unwrap_or_default(),
-                Err(_) => "it has stopped".to_owned(),
-            }
+            let failed = tokio::select! {
+                failed = consensus.wait_for(Option::is_some) => failed.map(|failed| failed.clone()),
+                Ok(failed) = joining.wait_for(Option::is_some) => Ok(failed.clone()),
+            };
+            failed.ok().flatten().unwrap_or_else(|| "it has stopped".to_owned())
         }
     }
 
@@ -253,6 +361,13 @@ impl KeeperHandle {
     /// Ends calls and watches, then consensus, then lets go of the directory.
     pub async fn stop(mut self) {
         let Some(mut running) = self.running.take() else { return };
+        if self.core.node.leads() && self.core.node.members().len() > 1 {
+            match tokio::time::timeout(HAND_OVER_TIMEOUT, self.core.node.hand_over(0)).await {
+                Ok(Ok(heir)) => tracing::info!(heir = node_text(heir), "the lead is handed over"),
+                Ok(Err(status)) => tracing::warn!(reason = status.message(), "the lead is not handed over"),
+                Err(_) => tracing::warn!("the lead is not handed over in time"),
+            }
+        }
         self.core.stop.cancel();
         if tokio::time::timeout(STOP_TIMEOUT, &mut running.server).await.is_err() {
             tracing::debug!("calls are still under way, they are cut off");

@@ -3,57 +3,69 @@
 mod codec;
 mod log_store;
 mod machine;
-mod network;
-mod types;
+mod members;
+pub(crate) mod network;
+mod reading;
+mod storage;
+pub(crate) mod types;
+pub(crate) mod wire;
 
 use std::collections::BTreeMap;
-use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use carillon_proto::v1;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
+use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::impls::ProgressResponder;
-use openraft::{BasicNode, Config, Raft, ReadPolicy, SnapshotPolicy};
+use openraft::{BasicNode, Config, Instant as _, Raft, SnapshotPolicy};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::{Code, Status};
 
+use crate::identity::Identity;
 use crate::state::State;
 use log_store::LogStore;
 use machine::Machine;
-use types::{Entry, TypeConfig};
+use network::{Network, within};
+use reading::Readers;
+pub(crate) use storage::{Found, Storage, StorageError};
+use types::{Entry, TypeConfig, leader_id};
 
 /// A snapshot is made after this many entries; so many are read again at most at a start.
 const SNAPSHOT_EVERY: u64 = 5_000;
 /// Entries that stay in the log after a snapshot, for followers that are a little behind.
 const KEEP_ENTRIES: u64 = 1_000;
-const HEARTBEAT_MS: u64 = 100;
-const ELECTION_MIN_MS: u64 = 500;
-const ELECTION_MAX_MS: u64 = 1_000;
-/// An entry that is not committed within this is given up waiting for.
+const HEARTBEAT_MS: u64 = 150;
+const ELECTION_MIN_MS: u64 = 1_000;
+const ELECTION_MAX_MS: u64 = 2_000;
+/// A snapshot must be with a follower within this.
+const SNAPSHOT_TIMEOUT_MS: u64 = 60_000;
+/// An entry that is not committed within this is given up waiting for; a leader is waited for as long.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks for a leader.
+const RETRY: Duration = Duration::from_millis(50);
+/// A node that has neither heard a leader nor (as the leader) a majority for this long is out of touch.
+const TOUCH: Duration = Duration::from_secs(5);
 
-/// Why a node could not be started.
+/// Consensus did not start.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum NodeError {
-    #[error("the log in {} cannot be opened: {source}", path.display())]
-    Log { path: PathBuf, source: io::Error },
-    #[error("the snapshot in {} cannot be opened: {source}", path.display())]
-    Snapshot { path: PathBuf, source: io::Error },
-    #[error("consensus did not start: {0}")]
-    Raft(String),
-}
+#[error("consensus did not start: {0}")]
+pub(crate) struct NodeError(String);
 
 /// Nothing can be decided here at present; another node may, or this one later.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum Unavailable {
+    /// Nothing was done.
     #[error("this keeper is not the leader; the leader is {}", leader.as_deref().unwrap_or("not known"))]
     NotLeader { leader: Option<String> },
     #[error("it was not decided within 10 s")]
     Timeout,
+    /// It may have been decided, or may still be.
+    #[error("whether it was decided is not known: {0}")]
+    Unknown(String),
     #[error("the keeper has failed: {0}")]
     Failed(String),
 }
@@ -71,6 +83,7 @@ pub(crate) struct Progress {
     pub term: u64,
     pub leader: Option<u64>,
     pub last_log: u64,
+    pub committed: u64,
     pub applied: u64,
     pub snapshot: u64,
 }
@@ -78,60 +91,148 @@ pub(crate) struct Progress {
 /// A cheap handle to this node.
 #[derive(Clone)]
 pub(crate) struct Node {
-    id: u64,
+    identity: Arc<Identity>,
     raft: Raft<TypeConfig, Machine>,
     machine: Machine,
     log: LogStore,
+    network: Network,
+    readers: Readers,
+    /// When a leader was last heard.
+    heard: Arc<Mutex<Instant>>,
+    /// Held while the membership is changed.
+    changing: Arc<tokio::sync::Mutex<()>>,
     leadership: watch::Receiver<Option<Leadership>>,
     failure: watch::Receiver<Option<String>>,
 }
 
 impl Node {
-    /// Starts the node: recovers what is on disk, founds a cluster of one when there is nothing.
+    /// Starts the node on what it has. A blank one does nothing until it has [founded](Node::found) a cluster, or one
+    /// has taken it in.
     pub(crate) async fn start(
-        id: u64,
-        directory: &Path,
-        address: String,
+        identity: Arc<Identity>,
+        storage: Storage,
     ) -> Result<(Node, JoinHandle<()>), NodeError> {
-        let log_path = directory.join("log");
-        let snapshot_path = directory.join("snapshot");
-        let (log, machine) = open(log_path, snapshot_path).await?;
+        let Storage { log, machine } = storage;
         let config = Config {
             cluster_name: "carillon".to_owned(),
             heartbeat_interval: HEARTBEAT_MS,
             election_timeout_min: ELECTION_MIN_MS,
             election_timeout_max: ELECTION_MAX_MS,
+            install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
             max_in_snapshot_log_to_keep: KEEP_ENTRIES,
             enable_pre_vote: Some(true),
             enable_leader_restore: Some(false),
             ..Config::default()
         };
-        let config = config.validate().map_err(|error| NodeError::Raft(error.to_string()))?;
-        let raft = Raft::new(id, Arc::new(config), network::Network, log.clone(), machine.clone())
+        let failed = |error: &dyn std::fmt::Display| NodeError(error.to_string());
+        let config = config.validate().map_err(|error| failed(&error))?;
+        let id = identity.node_id();
+        let network = Network::new(identity.clone());
+        let raft = Raft::new(id, Arc::new(config), network.clone(), log.clone(), machine.clone())
             .await
-            .map_err(|error| NodeError::Raft(error.to_string()))?;
-        let founded = raft.is_initialized().await.map_err(|error| NodeError::Raft(error.to_string()))?;
-        if founded {
-            // Alone, there is nobody whose heartbeat one would have to wait for.
-            if raft.voter_ids().eq([id]) {
-                raft.trigger().elect(false).await.map_err(|error| NodeError::Raft(error.to_string()))?;
-            }
-        } else {
-            let members = BTreeMap::from([(id, BasicNode::new(address))]);
-            match raft.initialize(members).await {
-                Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
-                Err(error) => return Err(NodeError::Raft(error.to_string())),
-            }
+            .map_err(|error| failed(&error))?;
+        let founded = raft.is_initialized().await.map_err(|error| failed(&error))?;
+        // Alone, there is nobody whose heartbeat one would have to wait for.
+        if founded && raft.voter_ids().eq([id]) {
+            raft.trigger().elect(false).await.map_err(|error| failed(&error))?;
         }
         let (leadership_sender, leadership) = watch::channel(None);
         let (failure_sender, failure) = watch::channel(None);
         let task = tokio::spawn(observe(raft.clone(), id, leadership_sender, failure_sender));
-        Ok((Node { id, raft, machine, log, leadership, failure }, task))
+        let node = Node {
+            identity,
+            raft,
+            machine,
+            log,
+            network,
+            readers: Readers::default(),
+            heard: Arc::new(Mutex::new(Instant::now())),
+            changing: Arc::default(),
+            leadership,
+            failure,
+        };
+        Ok((node, task))
+    }
+
+    /// Founds a cluster of this node alone. Nothing happens when it belongs to one already.
+    pub(crate) async fn found(&self, address: &str) -> Result<(), NodeError> {
+        let members = BTreeMap::from([(self.id(), BasicNode::new(address))]);
+        match self.raft.initialize(members).await {
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => Err(NodeError(error.to_string())),
+        }
+    }
+
+    /// Does it have a log: is it a member of a cluster, or was it one?
+    pub(crate) async fn is_initialized(&self) -> bool {
+        self.raft.is_initialized().await.unwrap_or(false)
     }
 
     pub(crate) fn id(&self) -> u64 {
-        self.id
+        self.identity.node_id()
+    }
+
+    pub(crate) fn identity(&self) -> &Arc<Identity> {
+        &self.identity
+    }
+
+    pub(crate) fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// What other nodes' calls go to.
+    pub(crate) fn raft(&self) -> &Raft<TypeConfig, Machine> {
+        &self.raft
+    }
+
+    /// A leader has shown itself.
+    pub(crate) fn leader_heard(&self) {
+        *self.heard.lock() = Instant::now();
+    }
+
+    pub(crate) fn leads(&self) -> bool {
+        self.leadership.borrow().is_some()
+    }
+
+    /// Does this node hear a leader, or lead and hear a majority? Out of touch, what it has may be old, and stays so.
+    pub(crate) fn in_touch(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if metrics.state.is_leader() {
+            let voters = metrics.membership_config.membership().voter_ids().count();
+            return voters == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < TOUCH);
+        }
+        metrics.current_leader.is_some() && self.heard.lock().elapsed() < TOUCH
+    }
+
+    /// The address of the leader, if one is known.
+    fn leader(&self) -> Option<(u64, String)> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader.filter(|&leader| leader != self.id())?;
+        let node = metrics.membership_config.membership().get_node(&leader)?;
+        Some((leader, node.addr.clone()))
+    }
+
+    fn not_leader(&self) -> Unavailable {
+        Unavailable::NotLeader { leader: self.leader().map(|(_, address)| address) }
+    }
+
+    /// A client for the leader, which is another node.
+    pub(crate) fn leader_client(&self) -> Result<network::PeerClient, Unavailable> {
+        let (id, address) = self.leader().ok_or(Unavailable::NotLeader { leader: None })?;
+        let client = self.network.client(&address, Some(id));
+        client.map_err(|_| Unavailable::NotLeader { leader: Some(address) })
+    }
+
+    async fn ask_read_index(&self, limit: Duration) -> Result<u64, Unavailable> {
+        let answer = self.leader_client()?.read_index(within(limit, v1::ReadIndexRequest {})).await;
+        match answer {
+            Ok(answer) => Ok(answer.into_inner().index),
+            // Asking twice does no harm, so every failure is one that may pass.
+            Err(_) => Err(self.not_leader()),
+        }
     }
 
     /// The state as it is here. Hold it briefly, never across an await: nothing is applied meanwhile.
@@ -154,14 +255,52 @@ impl Node {
         self.failure.clone()
     }
 
-    /// Has an entry decided on, and says what came of it.
+    /// Has an entry decided on, here or by the node that leads, and says what came of it. Waits for a leader if there is
+    /// none.
     pub(crate) async fn propose(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
+        let deadline = Instant::now() + PROPOSE_TIMEOUT;
+        loop {
+            let outcome = if self.leads() {
+                self.propose_here(entry.clone()).await
+            } else {
+                self.propose_there(entry.clone()).await
+            };
+            match outcome {
+                Err(Unavailable::NotLeader { .. }) if Instant::now() + RETRY < deadline => sleep(RETRY).await,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// The same, by this node or not at all.
+    pub(crate) async fn propose_here(
+        &self,
+        entry: v1::KeeperEntry,
+    ) -> Result<v1::KeeperApplied, Unavailable> {
+        if !self.leads() {
+            return Err(self.not_leader());
+        }
         match timeout(PROPOSE_TIMEOUT, self.raft.client_write(Entry(entry))).await {
             Ok(Ok(answer)) => Ok(answer.data.0),
-            Ok(Err(RaftError::APIError(error))) => Err(not_leader(error)),
+            // It may have been in the log when the lead was lost.
+            Ok(Err(RaftError::APIError(error))) => Err(Unavailable::Unknown(error.to_string())),
             Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Failed(error.to_string())),
             Err(_) => Err(Unavailable::Timeout),
         }
+    }
+
+    async fn propose_there(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
+        let mut client = self.leader_client()?;
+        let answer = client.propose(within(PROPOSE_TIMEOUT, entry)).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| {
+            if was_not_sent(&status) || status.code() == Code::Aborted {
+                return self.not_leader();
+            }
+            match status.code() {
+                Code::DeadlineExceeded => Unavailable::Timeout,
+                _ => Unavailable::Unknown(status.message().to_owned()),
+            }
+        })
     }
 
     /// The same, but only while this leadership lasts.
@@ -171,8 +310,7 @@ impl Node {
         entry: v1::KeeperEntry,
     ) -> Result<v1::KeeperApplied, Unavailable> {
         let (responder, answer) = ProgressResponder::complete_only();
-        let leader =
-            openraft::impls::leader_id_adv::LeaderId { term: leadership.term, node_id: leadership.node_id };
+        let leader = leader_id(leadership.term, leadership.node_id);
         self.raft
             .write(Entry(entry))
             .with_leader(leader)
@@ -187,19 +325,6 @@ impl Node {
         }
     }
 
-    /// Resolves when the state here holds all that was decided before the call.
-    pub(crate) async fn linearize(&self) -> Result<(), Unavailable> {
-        match timeout(PROPOSE_TIMEOUT, self.raft.ensure_linearizable(ReadPolicy::ReadIndex)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)))) => {
-                Err(Unavailable::NotLeader { leader: forward.leader_node.map(|node| node.addr) })
-            }
-            Ok(Err(RaftError::APIError(error))) => Err(Unavailable::Failed(error.to_string())),
-            Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Failed(error.to_string())),
-            Err(_) => Err(Unavailable::Timeout),
-        }
-    }
-
     pub(crate) fn progress(&self) -> Progress {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
@@ -207,9 +332,15 @@ impl Node {
             term: metrics.current_term,
             leader: metrics.current_leader,
             last_log: metrics.last_log_index.unwrap_or(0),
+            committed: metrics.cluster_committed.map_or(0, |id| id.index),
             applied: metrics.last_applied.map_or(0, |id| id.index),
             snapshot: metrics.snapshot.map_or(0, |id| id.index),
         }
+    }
+
+    /// The state as it is now, as a snapshot's file.
+    pub(crate) fn snapshot_file(&self) -> std::io::Result<Vec<u8>> {
+        self.machine.file()
     }
 
     /// Size of the log's files.
@@ -230,20 +361,16 @@ impl Node {
     }
 }
 
-/// Opens log and snapshot.
-async fn open(log: PathBuf, snapshot: PathBuf) -> Result<(LogStore, Machine), NodeError> {
-    let path = log.clone();
-    let work = move || {
-        let log = LogStore::open(&log).map_err(|source| NodeError::Log { path: log, source })?;
-        let machine =
-            Machine::open(&snapshot).map_err(|source| NodeError::Snapshot { path: snapshot, source })?;
-        Ok((log, machine))
-    };
-    // A log that is damaged in a way that its reader does not expect makes it panic: an error here, not the end.
-    match tokio::task::spawn_blocking(work).await {
-        Ok(opened) => opened,
-        Err(error) => Err(NodeError::Log { path, source: io::Error::other(error.to_string()) }),
+/// Did a call not even reach the other node?
+fn was_not_sent(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        source = error.source();
     }
+    false
 }
 
 fn not_leader(error: ClientWriteError<TypeConfig>) -> Unavailable {

@@ -142,13 +142,14 @@ impl Core {
         let progress = self.node.progress();
         let state = self.node.state();
         v1::KeeperStatusResponse {
-            cluster_id: self.cluster_id.clone(),
+            cluster_id: self.cluster_id(),
             node_id: self.node.id(),
             leader_id: progress.leader.unwrap_or(0),
             term: progress.term,
             last_log_index: progress.last_log,
             applied_index: progress.applied,
             snapshot_index: progress.snapshot,
+            committed_index: progress.committed,
             revision: state.revision(),
             compacted_revision: state.compacted(),
             keys: state.len() as u64,
@@ -157,6 +158,7 @@ impl Core {
             leases: state.lease_count() as u64,
             watches: u64::try_from(self.metrics.watches.get()).unwrap_or(0),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            in_touch: self.node.in_touch(),
         }
     }
 }
@@ -164,6 +166,7 @@ impl Core {
 #[tonic::async_trait]
 impl Keeper for Service {
     type WatchStream = ReceiverStream<Result<v1::WatchResponse, Status>>;
+    type SaveSnapshotStream = ReceiverStream<Result<v1::SaveSnapshotResponse, Status>>;
 
     async fn range(&self, request: Request<v1::RangeRequest>) -> Answer<v1::RangeResponse> {
         self.count("range");
@@ -190,7 +193,7 @@ impl Keeper for Service {
         request: Request<v1::LeaseKeepAliveRequest>,
     ) -> Answer<v1::LeaseKeepAliveResponse> {
         self.count("lease_keep_alive");
-        self.core.keep_alive(request.into_inner().lease).map(Response::new)
+        self.core.keep_alive(request.into_inner().lease).await.map(Response::new)
     }
 
     async fn lease_revoke(
@@ -290,5 +293,42 @@ impl Keeper for Service {
     ) -> Answer<v1::KeeperStatusResponse> {
         self.count("keeper_status");
         Ok(Response::new(self.core.status()))
+    }
+
+    async fn member_list(&self, _request: Request<v1::MemberListRequest>) -> Answer<v1::MemberListResponse> {
+        self.count("member_list");
+        self.core.member_list().await.map(Response::new)
+    }
+
+    async fn member_add(&self, request: Request<v1::MemberAddRequest>) -> Answer<v1::MemberAddResponse> {
+        self.count("member_add");
+        let node_id = self.core.take_in(request.into_inner().address).await?;
+        Ok(Response::new(v1::MemberAddResponse { node_id }))
+    }
+
+    async fn member_remove(
+        &self,
+        request: Request<v1::MemberRemoveRequest>,
+    ) -> Answer<v1::MemberRemoveResponse> {
+        self.count("member_remove");
+        self.core.take_out(request.into_inner().node_id).await?;
+        Ok(Response::new(v1::MemberRemoveResponse {}))
+    }
+
+    async fn leadership_transfer(
+        &self,
+        request: Request<v1::LeadershipTransferRequest>,
+    ) -> Answer<v1::LeadershipTransferResponse> {
+        self.count("leadership_transfer");
+        let node_id = self.core.hand_over(request.into_inner().node_id).await?;
+        Ok(Response::new(v1::LeadershipTransferResponse { node_id }))
+    }
+
+    async fn save_snapshot(
+        &self,
+        _request: Request<v1::SaveSnapshotRequest>,
+    ) -> Answer<Self::SaveSnapshotStream> {
+        self.count("save_snapshot");
+        self.core.save_snapshot().await.map(Response::new)
     }
 }

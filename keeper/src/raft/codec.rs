@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use raft_log::codeq::{Decode, Encode};
 
-use super::types::{Entry, LogId, Payload, TypeConfig, Vote};
+use super::types::{Entry, LogId, Payload, Vote, leader_id};
 
 /// The log's own types.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -37,10 +37,6 @@ pub(crate) struct WalPayload(pub Payload);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub(crate) struct WalVote(pub Vote);
-
-fn leader_id(term: u64, node_id: u64) -> openraft::type_config::alias::LeaderIdOf<TypeConfig> {
-    openraft::impls::leader_id_adv::LeaderId { term, node_id }
-}
 
 impl Encode for WalLogId {
     fn encode<W: Write>(&self, mut w: W) -> io::Result<usize> {

@@ -44,6 +44,8 @@ struct Inner {
     machinery: RwLock<Machinery>,
     /// The state's revision, for whoever waits for changes.
     revision: watch::Sender<u64>,
+    /// Index of the last entry that the state holds.
+    applied: watch::Sender<u64>,
     directory: PathBuf,
     /// Of the snapshot on disk; the lock is held while the file is replaced.
     on_disk: Mutex<Option<SnapshotMeta>>,
@@ -69,6 +71,7 @@ impl Machine {
         Ok(Machine {
             inner: Arc::new(Inner {
                 revision: watch::Sender::new(machinery.state.revision()),
+                applied: watch::Sender::new(machinery.applied_index()),
                 machinery: RwLock::new(machinery),
                 directory: directory.to_owned(),
                 on_disk: Mutex::new(on_disk),
@@ -84,6 +87,21 @@ impl Machine {
         self.inner.revision.subscribe()
     }
 
+    /// Index of the last entry that the state holds, as it grows.
+    pub(crate) fn applied(&self) -> watch::Receiver<u64> {
+        self.inner.applied.subscribe()
+    }
+
+    /// The state as it is now, as a snapshot's file.
+    pub(crate) fn file(&self) -> io::Result<Vec<u8>> {
+        let body = self.inner.machinery.read().clone().encode()?;
+        let mut file = Vec::with_capacity(body.len() + 16);
+        file.extend_from_slice(MAGIC);
+        file.extend_from_slice(&xxh3_64(&body).to_be_bytes());
+        file.extend_from_slice(&body);
+        Ok(file)
+    }
+
     /// Writes a snapshot, unless a newer one is there already.
     fn store(&self, meta: &SnapshotMeta, body: &[u8]) -> io::Result<()> {
         let mut on_disk = self.inner.on_disk.lock();
@@ -97,6 +115,10 @@ impl Machine {
 }
 
 impl Machinery {
+    fn applied_index(&self) -> u64 {
+        self.applied.map_or(0, |id| id.index)
+    }
+
     fn meta(&self) -> SnapshotMeta {
         SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() }
     }
@@ -193,6 +215,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
                 };
                 (applied, machinery.state.revision())
             };
+            self.inner.applied.send_replace(entry.log_id.index);
             self.inner.revision.send_if_modified(|present| std::mem::replace(present, revision) != revision);
             if let Some(responder) = responder {
                 responder.send(applied);
@@ -217,6 +240,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
                 applied: meta.last_log_id,
                 membership: meta.last_membership,
             };
+            machine.inner.applied.send_replace(meta.last_log_id.map_or(0, |id| id.index));
             machine.inner.revision.send_replace(revision);
             Ok(())
         };

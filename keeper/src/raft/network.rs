@@ -1,31 +1,138 @@
-//! Node to node. A keeper of one node has nobody to talk to; a further one is reported as unreachable.
+//! Node to node: one gRPC channel to each other node, a stream for the log, calls for the rest.
 
+use std::collections::HashMap;
 use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
 
-use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
-use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use carillon_proto::MAX_GRPC_MESSAGE_BYTES;
+use carillon_proto::v1;
+use carillon_proto::v1::keeper_peer_client::KeeperPeerClient;
+use futures::{Stream, StreamExt as _};
+use openraft::base::{BoxFuture, BoxStream};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{
+    Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption,
+    RaftNetworkFactory,
+};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{BasicNode, OptionalSend};
+use parking_lot::Mutex;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
 
 use super::types::{Snapshot, TypeConfig, Vote};
+use super::wire;
+use crate::identity::{CLUSTER_METADATA, Identity, NODE_METADATA, node_text};
 
-/// Makes connections to other nodes.
-pub(crate) struct Network;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A connection on which nothing comes back is given up after about twice this.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// Before a node that could not be reached is tried again.
+const BACKOFF: Duration = Duration::from_millis(100);
+/// Size of a part of a snapshot.
+const PART_BYTES: usize = 512 * 1024;
+/// Parts of a snapshot that may be under way.
+const PARTS: usize = 4;
+
+/// A client that says which cluster it is of, and which node it means.
+pub(crate) type PeerClient = KeeperPeerClient<InterceptedService<Channel, Labels>>;
+
+/// What is written on every call.
+#[derive(Clone)]
+pub(crate) struct Labels {
+    identity: Arc<Identity>,
+    /// None: whichever node is at the address.
+    node: Option<MetadataValue<Ascii>>,
+}
+
+impl Interceptor for Labels {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let metadata = request.metadata_mut();
+        if let Some(cluster) = self.identity.cluster()
+            && let Ok(cluster) = cluster.parse()
+        {
+            metadata.insert(CLUSTER_METADATA, cluster);
+        }
+        if let Some(node) = &self.node {
+            metadata.insert(NODE_METADATA, node.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// Makes connections to other nodes, and keeps them: a channel an address.
+#[derive(Clone)]
+pub(crate) struct Network {
+    identity: Arc<Identity>,
+    channels: Arc<Mutex<HashMap<String, Channel>>>,
+}
+
+impl Network {
+    pub(crate) fn new(identity: Arc<Identity>) -> Self {
+        Network { identity, channels: Arc::default() }
+    }
+
+    /// A client for the node at an address; `node`: only that one. It connects when first used.
+    pub(crate) fn client(&self, address: &str, node: Option<u64>) -> Result<PeerClient, Status> {
+        let channel = self.channel(address)?;
+        let node = node.and_then(|node| node_text(node).parse().ok());
+        let labels = Labels { identity: self.identity.clone(), node };
+        Ok(KeeperPeerClient::with_interceptor(channel, labels)
+            .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES))
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, Status> {
+        let mut channels = self.channels.lock();
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|error| Status::invalid_argument(format!("{address:?} is not host:port: {error}")))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect_lazy();
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}
+
+/// A call that takes longer fails.
+pub(crate) fn within<T>(limit: Duration, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(limit);
+    request
+}
 
 /// A connection to one other node.
 pub(crate) struct Peer {
+    client: Result<PeerClient, Status>,
     node: u64,
     address: String,
 }
 
 impl Peer {
-    fn unreachable(&self) -> Unreachable<TypeConfig> {
-        let Peer { node, address } = self;
-        let text =
-            format!("keeper node {node:016x} at {address:?} is unreachable: only single-node clusters yet");
-        Unreachable::from_string(text)
+    fn client(&self) -> Result<PeerClient, RPCError<TypeConfig>> {
+        self.client.clone().map_err(|status| self.failed(&status))
+    }
+
+    /// openraft waits before it tries again what is unreachable, and not otherwise.
+    fn failed(&self, status: &Status) -> RPCError<TypeConfig> {
+        let text = format!("keeper {} at {}: {}", node_text(self.node), self.address, status.message());
+        match status.code() {
+            Code::DeadlineExceeded => RPCError::Network(NetworkError::from_string(text)),
+            _ => RPCError::Unreachable(Unreachable::from_string(text)),
+        }
     }
 }
 
@@ -33,44 +140,138 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Peer;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
-        Peer { node: target, address: node.addr.clone() }
+        Peer { client: self.client(&node.addr, Some(target)), node: target, address: node.addr.clone() }
     }
 }
 
-impl RaftNetworkV2<TypeConfig> for Peer {
-    type SnapshotData = Vec<u8>;
-
-    async fn append_entries(
-        &mut self,
-        _rpc: AppendEntriesRequest<TypeConfig>,
-        _option: RPCOption,
-    ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(RPCError::Unreachable(self.unreachable()))
+impl NetStreamAppend<TypeConfig> for Peer {
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<
+        's,
+        Result<
+            BoxStream<'s, Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>>,
+            RPCError<TypeConfig>,
+        >,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let mut client = self.client()?;
+            // A membership that cannot be written down would be a mistake of ours: the stream ends there.
+            let requests = input.map(wire::append).take_while(|request| {
+                let fine = request.as_ref().inspect_err(|error| tracing::error!(%error, "entry not sent"));
+                std::future::ready(fine.is_ok())
+            });
+            let requests = requests.filter_map(|request| std::future::ready(request.ok()));
+            let begun = tokio::time::timeout(option.hard_ttl(), client.append(requests)).await;
+            let answers = match begun {
+                Ok(Ok(answers)) => answers.into_inner(),
+                Ok(Err(status)) => return Err(self.failed(&status)),
+                Err(_) => return Err(self.failed(&Status::unavailable("it does not answer"))),
+            };
+            let peer = &*self;
+            let answers = answers.map(move |answer| {
+                answer.and_then(wire::parse_appended).map_err(|status| peer.failed(&status))
+            });
+            Ok(Box::pin(answers) as BoxStream<'s, _>)
+        })
     }
+}
 
+impl Peer {
+    async fn ballot(
+        &self,
+        request: VoteRequest<TypeConfig>,
+        pre_vote: bool,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let ballot = within(option.soft_ttl(), wire::ballot(&request, pre_vote));
+        let answer = self.client()?.vote(ballot).await;
+        answer
+            .and_then(|answer| wire::parse_ballot_answer(answer.into_inner()))
+            .map_err(|status| self.failed(&status))
+    }
+}
+
+impl NetVote<TypeConfig> for Peer {
     async fn vote(
         &mut self,
-        _rpc: VoteRequest<TypeConfig>,
-        _option: RPCOption,
+        request: VoteRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(RPCError::Unreachable(self.unreachable()))
+        self.ballot(request, false, option).await
     }
 
     async fn pre_vote(
         &mut self,
-        _rpc: VoteRequest<TypeConfig>,
-        _option: RPCOption,
+        request: VoteRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(RPCError::Unreachable(self.unreachable()))
+        self.ballot(request, true, option).await
     }
+}
+
+impl NetSnapshot<TypeConfig> for Peer {
+    type SnapshotData = Vec<u8>;
 
     async fn full_snapshot(
         &mut self,
-        _vote: Vote,
-        _snapshot: Snapshot,
-        _cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
-        _option: RPCOption,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        Err(StreamingError::Unreachable(self.unreachable()))
+        use v1::raft_snapshot_part::Part;
+        let head = wire::snapshot_head(&vote, &snapshot.meta, snapshot.snapshot.len())
+            .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
+        let (sender, receiver) = tokio::sync::mpsc::channel(PARTS);
+        let feed = async move {
+            let body = bytes::Bytes::from(snapshot.snapshot);
+            let mut part = Part::Head(head);
+            let mut at = 0;
+            while sender.send(v1::RaftSnapshotPart { part: Some(part) }).await.is_ok() && at < body.len() {
+                let end = (at + PART_BYTES).min(body.len());
+                part = Part::Bytes(body.slice(at..end));
+                at = end;
+            }
+        };
+        let mut client = self.client()?;
+        let parts = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let sent = async {
+            let ((), answer) =
+                futures::future::join(feed, client.install_snapshot(within(option.hard_ttl(), parts))).await;
+            answer
+        };
+        tokio::select! {
+            answer = sent => {
+                let answer = answer.map_err(|status| StreamingError::from(self.failed(&status)))?;
+                let vote = wire::parse_vote(answer.into_inner().vote)
+                    .map_err(|status| StreamingError::from(self.failed(&status)))?;
+                Ok(SnapshotResponse { vote })
+            }
+            closed = cancel => Err(StreamingError::Closed(closed)),
+        }
+    }
+}
+
+impl NetTransferLeader<TypeConfig> for Peer {
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let call = within(option.soft_ttl(), wire::take_lead(&request));
+        let answer = self.client()?.take_lead(call).await.map_err(|status| self.failed(&status))?;
+        wire::parse_take_lead_answer(answer.into_inner(), &request).map_err(|status| self.failed(&status))
+    }
+}
+
+impl NetBackoff<TypeConfig> for Peer {
+    fn backoff(&self) -> Option<Backoff> {
+        Some(Backoff::new(std::iter::repeat(BACKOFF)))
     }
 }

@@ -19,6 +19,10 @@ pub(crate) type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, 
 pub(crate) type Payload = openraft::type_config::alias::PayloadOf<TypeConfig>;
 pub(crate) type LogEntry = openraft::type_config::alias::EntryOf<TypeConfig>;
 
+pub(crate) fn leader_id(term: u64, node_id: u64) -> openraft::type_config::alias::LeaderIdOf<TypeConfig> {
+    openraft::impls::leader_id_adv::LeaderId { term, node_id }
+}
+
 /// An entry's content.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Entry(pub v1::KeeperEntry);

@@ -118,6 +118,11 @@ impl Watch {
                 changed = revisions.changed() => changed.map_err(|_| Ended)?,
                 () = self.sender.closed() => return Err(Ended),
                 () = tokio::time::sleep(self.core.limits.progress_interval) => {
+                    if !self.core.node.in_touch() {
+                        // What happens elsewhere does not come here: the watcher is better off with another keeper.
+                        let _ = self.sender.try_send(Err(Status::unavailable("this keeper has lost its cluster")));
+                        return Err(Ended);
+                    }
                     self.send(Kind::Progress, place, Vec::new()).await?;
                 }
             }
@@ -145,12 +150,8 @@ impl Watch {
     }
 
     async fn send(&self, kind: Kind, revision: u64, events: Vec<v1::WatchEvent>) -> Result<(), Ended> {
-        let message = v1::WatchResponse {
-            kind: kind.into(),
-            revision,
-            events,
-            cluster_id: self.core.cluster_id.clone(),
-        };
+        let message =
+            v1::WatchResponse { kind: kind.into(), revision, events, cluster_id: self.core.cluster_id() };
         match self.sender.send_timeout(Ok(message), SEND_TIMEOUT).await {
             Ok(()) => Ok(()),
             Err(mpsc::error::SendTimeoutError::Closed(_)) => Err(Ended),

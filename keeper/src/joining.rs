@@ -1,0 +1,158 @@
+//! How a node comes to its cluster: a blank one founds one or asks to be taken in, one that was away finds out whether it
+//! is still what it was.
+//!
+//! A cluster is founded by the first of the configured peers, alone, and only when every other peer has answered that it
+//! is blank: a founder that has lost its disk finds the others initialized, and joins them like everyone else.
+
+use std::time::Duration;
+
+use carillon_proto::v1;
+use tokio::time::{Instant, sleep};
+use tonic::Status;
+
+use crate::KeeperError;
+use crate::core::Core;
+use crate::home::Home;
+use crate::identity::node_text;
+use crate::raft::Found;
+use crate::raft::network::{Network, within};
+
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Taking a node in may mean taking its predecessor out first.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Between two rounds of asking.
+const PAUSE: Duration = Duration::from_millis(300);
+/// What is waited for is said again after this.
+const REMIND: Duration = Duration::from_secs(10);
+/// A node that was away asks the others for so long about itself; then it goes on with what it knows.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What has become of a node while it was away.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Nothing that is known.
+    AsBefore,
+    /// It was taken out.
+    Removed,
+    /// Its disk is older than what it has confirmed to the leader.
+    Stale { confirmed: u64, found: u64 },
+}
+
+async fn identify(network: &Network, address: &str, confirm: bool) -> Result<v1::IdentifyResponse, Status> {
+    let mut client = network.client(address, None)?;
+    let answer = client.identify(within(ASK_TIMEOUT, v1::IdentifyRequest { confirm })).await?;
+    Ok(answer.into_inner())
+}
+
+/// Asks the leader about this node, before it takes part again.
+pub(crate) async fn standing(
+    network: &Network,
+    own: u64,
+    cluster: &str,
+    found: &Found,
+    addresses: &[String],
+) -> Standing {
+    let deadline = Instant::now() + VERIFY_TIMEOUT;
+    loop {
+        let asked = addresses.iter().map(|address| identify(network, address, true));
+        let answers = futures::future::join_all(asked).await;
+        // Who does not answer at all is not up: when nobody is, there is nothing to wait for.
+        let mut anyone = false;
+        for answer in answers.into_iter().flatten().filter(|answer| answer.cluster_id == cluster) {
+            anyone |= answer.initialized;
+            if !answer.confirmed {
+                continue;
+            }
+            let last = found.last_log.unwrap_or(0);
+            return match answer.members.iter().find(|member| member.node_id == own) {
+                None => Standing::Removed,
+                Some(member) if member.matched_index > last => {
+                    Standing::Stale { confirmed: member.matched_index, found: last }
+                }
+                Some(_) => Standing::AsBefore,
+            };
+        }
+        if !anyone || Instant::now() + PAUSE >= deadline {
+            return Standing::AsBefore;
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Brings a blank node into a cluster: one that it founds, or one that takes it in. Returns when it belongs to one.
+pub(crate) async fn join(
+    core: &Core,
+    home: &Home,
+    own: &str,
+    peers: &[String],
+    cluster: Option<&str>,
+) -> Result<(), KeeperError> {
+    let others: Vec<&String> = peers.iter().filter(|peer| *peer != own).collect();
+    let may_found = peers.first().is_none_or(|first| first == own);
+    let mut reminded: Option<Instant> = None;
+    while !core.node.is_initialized().await {
+        let asked = others.iter().map(|address| identify(core.node.network(), address, false));
+        let answers = futures::future::join_all(asked).await;
+        let mut missing = Vec::new();
+        let mut member = None;
+        for (address, answer) in others.iter().zip(answers) {
+            match answer {
+                Ok(answer) if answer.initialized => member = member.or(Some((*address, answer))),
+                Ok(_) => {}
+                Err(status) => missing.push(format!("{address} ({})", status.message())),
+            }
+        }
+        let waits_for = match member {
+            Some((address, answer)) => {
+                let known = core.node.identity().cluster();
+                if let Some(known) = known.as_deref().or(cluster)
+                    && *known != *answer.cluster_id
+                {
+                    return Err(KeeperError::OtherCluster {
+                        peer: address.clone(),
+                        found: answer.cluster_id,
+                        expected: known.to_owned(),
+                    });
+                }
+                match ask_to_be_taken_in(core, address, &answer.cluster_id, own).await {
+                    Ok(()) => "the first entries of the cluster".to_owned(),
+                    Err(status) => format!("a keeper that takes this one in ({})", status.message()),
+                }
+            }
+            None if may_found && missing.is_empty() => {
+                let new = uuid::Uuid::new_v4().to_string();
+                home.settle(core.node.identity().cluster().as_deref().or(cluster).unwrap_or(&new))?;
+                core.node.found(own).await?;
+                tracing::info!(
+                    cluster = core.node.identity().cluster().as_deref(),
+                    node = node_text(core.node.id()),
+                    "new cluster founded"
+                );
+                continue;
+            }
+            None if may_found => {
+                format!("all peers to answer before founding a cluster: {}", missing.join(", "))
+            }
+            None => format!("{} to found the cluster", peers[0]),
+        };
+        if reminded.is_none_or(|reminded| reminded.elapsed() > REMIND) {
+            tracing::info!("waiting for {waits_for}");
+            reminded = Some(Instant::now());
+        }
+        tokio::select! {
+            () = sleep(PAUSE) => {}
+            () = core.stop.cancelled() => return Ok(()),
+        }
+    }
+    Ok(())
+}
+
+/// Asks a member to have the leader take in the node at `own`.
+async fn ask_to_be_taken_in(core: &Core, member: &str, cluster: &str, own: &str) -> Result<(), Status> {
+    let mut client = core.node.network().client(member, None)?;
+    let mut request = within(JOIN_TIMEOUT, v1::JoinRequest { address: own.to_owned() });
+    // This node is of no cluster yet, so that it has to be said here.
+    let cluster = cluster.parse().map_err(|_| Status::internal("a cluster id that is not ASCII"))?;
+    request.metadata_mut().insert(crate::identity::CLUSTER_METADATA, cluster);
+    client.join(request).await.map(drop)
+}

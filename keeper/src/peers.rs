@@ -1,0 +1,204 @@
+//! What other keepers ask of this one.
+
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+
+use carillon_proto::v1;
+use carillon_proto::v1::keeper_peer_server::KeeperPeer;
+use futures::{Stream, StreamExt as _};
+use openraft::errors::RaftError;
+use tonic::{Request, Response, Status, Streaming};
+use v1::raft_snapshot_part::Part;
+
+use crate::core::Shared;
+use crate::home::Home;
+use crate::identity::node_text;
+use crate::raft::Unavailable;
+use crate::raft::types::{Snapshot, TypeConfig};
+use crate::raft::wire::{self, malformed};
+
+/// Largest snapshot that is taken from another node, bytes.
+const MAX_SNAPSHOT_BYTES: u64 = 4 * 1024 * 1024 * 1024;
+
+type Answer<T> = Result<Response<T>, Status>;
+
+pub(crate) struct Peers {
+    core: Shared,
+    /// Not held: the directory is let go of when the keeper stops, whoever is still connected.
+    home: Weak<Home>,
+}
+
+impl Peers {
+    pub(crate) fn new(core: Shared, home: &Arc<Home>) -> Self {
+        Peers { core, home: Arc::downgrade(home) }
+    }
+
+    /// Refuses whoever does not mean this node of this cluster.
+    fn check<T>(&self, request: Request<T>) -> Result<T, Status> {
+        self.core.node.identity().check(request.metadata())?;
+        Ok(request.into_inner())
+    }
+}
+
+fn fatal(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(format!("this keeper has failed: {error}"))
+}
+
+fn refused<E: std::error::Error>(error: RaftError<TypeConfig, E>) -> Status {
+    fatal(error)
+}
+
+#[tonic::async_trait]
+impl KeeperPeer for Peers {
+    type AppendStream = Pin<Box<dyn Stream<Item = Result<v1::RaftAppended, Status>> + Send>>;
+
+    async fn append(&self, request: Request<Streaming<v1::RaftAppend>>) -> Answer<Self::AppendStream> {
+        let requests = self.check(request)?;
+        let node = self.core.node.clone();
+        // A stream that breaks, or says what makes no sense, ends here, and the leader begins another.
+        let requests = requests.take_until(self.core.stop.clone().cancelled_owned()).map(move |request| {
+            node.leader_heard();
+            request.and_then(wire::parse_append)
+        });
+        let requests = requests.take_while(|request| {
+            let fine = request.as_ref().inspect_err(|status| {
+                tracing::debug!(error = status.message(), "a leader's stream has ended");
+            });
+            std::future::ready(fine.is_ok())
+        });
+        let requests = requests.filter_map(|request| std::future::ready(request.ok()));
+        let answers = self.core.node.raft().stream_append(requests);
+        let answers = answers.map(|answer| answer.map(wire::appended).map_err(fatal));
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn vote(&self, request: Request<v1::RaftBallot>) -> Answer<v1::RaftBallotAnswer> {
+        let ballot = self.check(request)?;
+        let pre_vote = ballot.pre_vote;
+        let request = wire::parse_ballot(ballot)?;
+        let raft = self.core.node.raft();
+        let answer = if pre_vote { raft.pre_vote(request).await } else { raft.vote(request).await };
+        Ok(Response::new(wire::ballot_answer(&answer.map_err(refused)?)))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<v1::RaftSnapshotPart>>,
+    ) -> Answer<v1::RaftSnapshotInstalled> {
+        let mut parts = self.check(request)?;
+        let Some(v1::RaftSnapshotPart { part: Some(Part::Head(head)) }) = parts.message().await? else {
+            return Err(malformed("a snapshot begins without its head"));
+        };
+        if head.size > MAX_SNAPSHOT_BYTES {
+            return Err(malformed(format_args!("a snapshot of {} bytes", head.size)));
+        }
+        let (vote, meta) = (wire::parse_vote(head.vote)?, wire::parse_snapshot_meta(&head.meta)?);
+        let mut body = Vec::new();
+        while let Some(part) = parts.message().await? {
+            let Some(Part::Bytes(bytes)) = part.part else {
+                return Err(malformed("a snapshot has a second head"));
+            };
+            self.core.node.leader_heard();
+            body.extend_from_slice(&bytes);
+            if body.len() as u64 > head.size {
+                return Err(malformed("a snapshot is larger than was said"));
+            }
+        }
+        if body.len() as u64 != head.size {
+            return Err(malformed("a snapshot is not whole"));
+        }
+        let snapshot = Snapshot { meta, snapshot: body };
+        let answer = self.core.node.raft().install_full_snapshot(vote, snapshot).await.map_err(fatal)?;
+        Ok(Response::new(v1::RaftSnapshotInstalled { vote: Some(wire::vote(&answer.vote)) }))
+    }
+
+    async fn take_lead(&self, request: Request<v1::RaftTakeLead>) -> Answer<v1::RaftTakeLeadAnswer> {
+        let request = wire::parse_take_lead(self.check(request)?)?;
+        let answer = self.core.node.raft().handle_transfer_leader(request).await.map_err(fatal)?;
+        Ok(Response::new(wire::take_lead_answer(&answer)))
+    }
+
+    async fn propose(&self, request: Request<v1::KeeperEntry>) -> Answer<v1::KeeperApplied> {
+        let entry = self.check(request)?;
+        let granted = crate::leases::grants(&entry);
+        let applied = self.core.node.propose_here(entry).await.map_err(|error| match error {
+            Unavailable::NotLeader { .. } => Status::aborted(error.to_string()),
+            error => error.into(),
+        })?;
+        self.core.leases.granted_all(&granted, &applied);
+        Ok(Response::new(applied))
+    }
+
+    async fn read_index(&self, request: Request<v1::ReadIndexRequest>) -> Answer<v1::ReadIndexResponse> {
+        self.check(request)?;
+        let index = self.core.node.read_index().await?;
+        Ok(Response::new(v1::ReadIndexResponse { index }))
+    }
+
+    async fn keep_alive(
+        &self,
+        request: Request<v1::LeaseKeepAliveRequest>,
+    ) -> Answer<v1::LeaseKeepAliveResponse> {
+        let request = self.check(request)?;
+        self.core.keep_alive_here(request.lease).map(Response::new)
+    }
+
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Answer<v1::JoinResponse> {
+        let request = self.check(request)?;
+        let node_id = self.core.take_in(request.address).await?;
+        Ok(Response::new(v1::JoinResponse { node_id }))
+    }
+
+    async fn remove_member(
+        &self,
+        request: Request<v1::MemberRemoveRequest>,
+    ) -> Answer<v1::MemberRemoveResponse> {
+        let request = self.check(request)?;
+        self.core.node.remove(request.node_id).await?;
+        Ok(Response::new(v1::MemberRemoveResponse {}))
+    }
+
+    async fn move_lead(
+        &self,
+        request: Request<v1::LeadershipTransferRequest>,
+    ) -> Answer<v1::LeadershipTransferResponse> {
+        let request = self.check(request)?;
+        let node_id = self.core.node.hand_over(request.node_id).await?;
+        Ok(Response::new(v1::LeadershipTransferResponse { node_id }))
+    }
+
+    async fn identify(&self, request: Request<v1::IdentifyRequest>) -> Answer<v1::IdentifyResponse> {
+        let node = &self.core.node;
+        // Whether somebody is a member is only told when it is certain.
+        let certain = request.into_inner().confirm && node.leads() && node.read_index().await.is_ok();
+        let cluster = node.identity().cluster();
+        let progress = node.progress();
+        Ok(Response::new(v1::IdentifyResponse {
+            node_id: node.id(),
+            cluster_id: cluster.map(|cluster| cluster.to_string()).unwrap_or_default(),
+            initialized: node.is_initialized().await,
+            leader_id: progress.leader.unwrap_or(0),
+            members: node.members(),
+            confirmed: certain,
+        }))
+    }
+
+    async fn adopt(&self, request: Request<v1::AdoptRequest>) -> Answer<v1::AdoptResponse> {
+        let request = request.into_inner();
+        let own = self.core.node.id();
+        if request.node_id != own {
+            let text = format!("this is keeper {}, not {}", node_text(own), node_text(request.node_id));
+            return Err(Status::failed_precondition(text));
+        }
+        if request.cluster_id.is_empty() {
+            return Err(malformed("a cluster without an id"));
+        }
+        let home = self.home.upgrade().ok_or_else(|| Status::unavailable("the keeper is stopping"))?;
+        let settled = tokio::task::spawn_blocking(move || home.settle(&request.cluster_id)).await;
+        match settled {
+            Ok(Ok(())) => Ok(Response::new(v1::AdoptResponse {})),
+            Ok(Err(error)) => Err(Status::failed_precondition(error.to_string())),
+            Err(error) => Err(fatal(error)),
+        }
+    }
+}
