@@ -1,5 +1,6 @@
 //! The command line: every command and flag, each flag also an environment variable `CARILLON_…`.
 
+pub mod keeper;
 mod people;
 mod processes;
 
@@ -32,7 +33,7 @@ pub struct Cli {
 pub enum Command {
     /// Run everything in one process, on this machine: the quickest way to a push
     Dev(DevArgs),
-    /// Run the keeper: configuration, discovery, slots
+    /// Run a keeper (configuration, discovery, slots), or look at it and change its members
     Keeper(KeeperArgs),
     /// Run a hub: registry, center, saver, coordinator, dispatcher, or some of them
     Hub(HubArgs),

@@ -2,6 +2,7 @@
 
 mod broadcast;
 mod config;
+mod keeper;
 mod listen;
 mod moves;
 mod push;
@@ -17,7 +18,7 @@ use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use crate::args::{ClientArgs, Command, DEFAULT_ENDPOINT, OutputFormat};
+use crate::args::{ClientArgs, Command, DEFAULT_ENDPOINT, KeeperArgs, OutputFormat};
 use crate::connect_file::Connect;
 
 /// Why a command failed, and with which code it exits.
@@ -111,6 +112,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
             clap_complete::generate(shell, &mut crate::args::Cli::command(), "carillon", &mut script);
             Ok(io::stdout().write_all(&script)?)
         }
+        Command::Keeper(KeeperArgs { command: Some(command), .. }) => keeper::run(command).await,
         Command::Dev(_) | Command::Keeper(_) | Command::Hub(_) | Command::Gateway(_) => {
             unreachable!("processes are started by main")
         }

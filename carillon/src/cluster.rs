@@ -39,16 +39,18 @@ fn document_kinds() -> Vec<DocumentKind> {
     ]
 }
 
-/// Starts the keeper on a listener; its data is in `keeper` below the data directory.
-pub async fn start_keeper(
+/// What a keeper on a listener needs; its data is in `keeper` below the data directory.
+pub fn keeper_options(
     data_dir: &DataDir,
-    cluster: Option<&str>,
     grpc: TcpListener,
     metrics: &prometheus::Registry,
-) -> anyhow::Result<KeeperHandle> {
+) -> KeeperOptions {
     let mut options = KeeperOptions::new(data_dir.path().join("keeper"), grpc, document_kinds());
-    options.cluster_id = cluster.map(str::to_owned);
     options.registry = Some(metrics.clone());
+    options
+}
+
+pub async fn start_keeper(options: KeeperOptions) -> anyhow::Result<KeeperHandle> {
     Box::pin(Keeper::start(options)).await.context("the keeper does not start")
 }
 
@@ -57,7 +59,11 @@ pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Runnin
     let process = Process::open(&args.process, "keeper").await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for all other processes").await?;
     let address = grpc.local_addr()?;
-    let keeper = start_keeper(&process.data_dir, None, grpc, &process.metrics).await?;
+    let mut options = keeper_options(&process.data_dir, grpc, &process.metrics);
+    options.cluster_id = args.cluster;
+    options.advertise = args.advertise_grpc;
+    options.peers = args.peers;
+    let keeper = start_keeper(options).await?;
     let keeper = SharedKeeper::new(keeper);
     let watched = keeper.clone();
     let running = process.running(Arc::new(move || watched.unmet()), args.process.drain());

@@ -46,7 +46,9 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
 
     let metrics = prometheus::Registry::new();
     ops::register_process(&metrics, "dev")?;
-    let keeper = cluster::start_keeper(&data_dir, Some(data_dir.cluster()), keeper_grpc, &metrics).await?;
+    let mut keeper = cluster::keeper_options(&data_dir, keeper_grpc, &metrics);
+    keeper.cluster_id = Some(data_dir.cluster().to_owned());
+    let keeper = cluster::start_keeper(keeper).await?;
     let agent = Agent::start(carillon_agent::Options { keepers: vec![keeper_url.clone()] });
     let api_key = demo_app(&Admin::new(vec![keeper_url.clone()]), data_dir.first_api_key()).await?;
 

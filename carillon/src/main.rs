@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         Command::Dev(args) => {
             process::run(&args.log_level, args.log_format, |logs| dev::start(args.clone(), logs))
         }
-        Command::Keeper(args) => {
+        Command::Keeper(args) if args.command.is_none() => {
             let logs = &args.process.logs;
             process::run(&logs.log_level, logs.log_format, |logs| cluster::keeper(args.clone(), logs))
         }

@@ -119,7 +119,10 @@ impl SharedKeeper {
         };
         match status.failure {
             Some(failure) => vec![failure],
-            None if !status.leads => vec!["the keeper has no leader".to_owned()],
+            None if status.cluster_id.is_empty() => vec!["the keeper is of no cluster yet".to_owned()],
+            None if !status.in_touch => {
+                vec!["the keeper hears no leader, or as the leader no majority".to_owned()]
+            }
             None => Vec::new(),
         }
     }

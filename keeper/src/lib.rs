@@ -19,6 +19,7 @@ mod peers;
 mod raft;
 mod service;
 mod slots;
+pub mod snapshot;
 mod state;
 
 use std::net::SocketAddr;

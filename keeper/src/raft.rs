@@ -29,6 +29,7 @@ use crate::identity::Identity;
 use crate::state::State;
 use log_store::LogStore;
 use machine::Machine;
+pub(crate) use machine::SnapshotFile;
 use network::{Network, within};
 use reading::Readers;
 pub(crate) use storage::{Found, Storage, StorageError};

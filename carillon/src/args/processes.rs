@@ -86,12 +86,37 @@ impl ProcessArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_help_heading = "Commands for a keeper that runs"
+)]
 pub struct KeeperArgs {
     #[command(flatten)]
     pub process: ProcessArgs,
     /// gRPC for all other processes. Anyone who reaches it may change the cluster: keep it inside
     #[arg(long, env = "CARILLON_GRPC", default_value = "127.0.0.1:7400", value_name = "ADDRESS")]
     pub grpc: SocketAddr,
+    /// How others reach the gRPC address, as host:port, when it is not the one it listens on
+    #[arg(long, env = "CARILLON_ADVERTISE_GRPC", value_name = "HOST:PORT", value_parser = host_port)]
+    pub advertise_grpc: Option<String>,
+    /// All keepers that are to form the cluster, this one among them; the first one founds it [default: this one alone]
+    #[arg(long, env = "CARILLON_PEERS", value_delimiter = ',', value_name = "HOST:PORT", value_parser = host_port)]
+    pub peers: Vec<String>,
+    /// The cluster that it must be; a new one gets this id [default: whichever]
+    #[arg(long, env = "CARILLON_CLUSTER", value_name = "ID")]
+    pub cluster: Option<String>,
+    #[command(subcommand)]
+    pub command: Option<super::keeper::KeeperCommand>,
+}
+
+/// `host:port`
+pub fn host_port(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0) => {
+            Ok(text.to_owned())
+        }
+        _ => Err("must be host:port".to_owned()),
+    }
 }
 
 #[derive(Debug, Clone, Args)]

@@ -17,6 +17,8 @@ use crate::{Instance, SlotMap, board, link};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// … and one that changes the keeper's members.
+const SLOW_CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a call to the keeper came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +126,34 @@ pub struct KeeperStatus {
     pub leases: u64,
     pub watches: u64,
     pub version: String,
+    /// Last entry that the cluster has decided, as far as this node has heard.
+    pub committed_index: u64,
+    /// It hears a leader, or leads and hears a majority.
+    pub in_touch: bool,
+}
+
+/// One of the keeper's nodes.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Member {
+    /// 16 hexadecimal digits.
+    pub node: String,
+    /// host:port
+    pub address: String,
+    pub leads: bool,
+    /// It has a vote; a learner has none yet.
+    pub voter: bool,
+    /// Last entry that is known to be on its disk; 0 = not known.
+    pub matched_index: u64,
+    /// Milliseconds since the leader last heard it; None = never.
+    pub heard_ms: Option<u64>,
+}
+
+/// A node's id as people write it.
+pub fn parse_node(text: &str) -> Result<u64, String> {
+    match u64::from_str_radix(text, 16) {
+        Ok(node) if node != 0 && text.len() <= 16 => Ok(node),
+        _ => Err(format!("{text:?} is not the id of a keeper: up to 16 hexadecimal digits")),
+    }
 }
 
 /// What is to be done with a document.
@@ -360,12 +390,88 @@ impl Admin {
             leases: s.leases,
             watches: s.watches,
             version: s.version,
+            committed_index: s.committed_index,
+            in_touch: s.in_touch,
         })
+    }
+
+    /// The keeper's nodes.
+    pub async fn members(&self) -> Result<Vec<Member>, AdminError> {
+        let request = v1::MemberListRequest {};
+        let list = self.call(request, async |mut client, request| client.member_list(request).await).await?;
+        let member = |member: v1::KeeperMember| Member {
+            node: format!("{:016x}", member.node_id),
+            address: member.address,
+            leads: member.node_id == list.leader_id,
+            voter: member.voter,
+            matched_index: member.matched_index,
+            heard_ms: u64::try_from(member.heard_ms).ok(),
+        };
+        Ok(list.members.into_iter().map(member).collect())
+    }
+
+    /// Takes in the keeper that waits at an address; returns its id.
+    pub async fn add_member(&self, address: &str) -> Result<String, AdminError> {
+        let request = v1::MemberAddRequest { address: address.to_owned() };
+        let answer =
+            self.slow_call(request, async |mut client, request| client.member_add(request).await).await?;
+        Ok(format!("{:016x}", answer.node_id))
+    }
+
+    /// Takes a keeper out of the cluster.
+    pub async fn remove_member(&self, node_id: u64) -> Result<(), AdminError> {
+        let request = v1::MemberRemoveRequest { node_id };
+        let answer =
+            self.slow_call(request, async |mut client, request| client.member_remove(request).await).await;
+        answer.map(drop)
+    }
+
+    /// Hands the lead to a node, or (None) to the one that is furthest along; returns which leads then.
+    pub async fn transfer_lead(&self, to: Option<u64>) -> Result<String, AdminError> {
+        let request = v1::LeadershipTransferRequest { node_id: to.unwrap_or(0) };
+        let answer = self
+            .slow_call(request, async |mut client, request| client.leadership_transfer(request).await)
+            .await?;
+        Ok(format!("{:016x}", answer.node_id))
+    }
+
+    /// All that the keeper holds, as a snapshot's file.
+    pub async fn save_snapshot(&self) -> Result<Vec<u8>, AdminError> {
+        let request = v1::SaveSnapshotRequest {};
+        let mut parts =
+            self.call(request, async |mut client, request| client.save_snapshot(request).await).await?;
+        let mut file = Vec::new();
+        loop {
+            match tokio::time::timeout(CALL_TIMEOUT, parts.message()).await {
+                Ok(Ok(Some(part))) => file.extend_from_slice(&part.part),
+                Ok(Ok(None)) => return Ok(file),
+                Ok(Err(status)) => return Err(explain(status)),
+                Err(_) => return Err(AdminError::Other("no answer within 10 s".to_owned())),
+            }
+        }
     }
 
     /// Tries one keeper after another. Only for calls that may be carried out twice.
     async fn call<Q: Clone, A>(
         &self,
+        request: Q,
+        send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
+    ) -> Result<A, AdminError> {
+        self.call_within(CALL_TIMEOUT, request, send).await
+    }
+
+    /// For what the keeper itself must wait for.
+    async fn slow_call<Q: Clone, A>(
+        &self,
+        request: Q,
+        send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
+    ) -> Result<A, AdminError> {
+        self.call_within(SLOW_CALL_TIMEOUT, request, send).await
+    }
+
+    async fn call_within<Q: Clone, A>(
+        &self,
+        limit: Duration,
         request: Q,
         send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
     ) -> Result<A, AdminError> {
@@ -383,14 +489,14 @@ impl Admin {
                     }
                 },
             };
-            match tokio::time::timeout(CALL_TIMEOUT, send(client.clone(), request.clone())).await {
+            match tokio::time::timeout(limit, send(client.clone(), request.clone())).await {
                 Ok(Ok(answer)) => {
                     *self.inner.client.lock() = Some(client);
                     return Ok(answer.into_inner());
                 }
                 Ok(Err(status)) if status.code() == Code::Unavailable => reason = status.message().to_owned(),
                 Ok(Err(status)) => return Err(explain(status)),
-                Err(_) => return Err(AdminError::Other("no answer within 10 s".to_owned())),
+                Err(_) => return Err(AdminError::Other(format!("no answer within {} s", limit.as_secs()))),
             }
         }
         *self.inner.client.lock() = None;

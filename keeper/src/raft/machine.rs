@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::types::{Applied, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use super::types::{Applied, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, Vote};
 use crate::state::State;
 
 /// Begins every snapshot file; then the checksum (XXH3, 8 bytes, big-endian) of the rest; then the state.
@@ -138,11 +138,15 @@ fn decode(body: &[u8]) -> io::Result<Machinery> {
 }
 
 fn read_snapshot(directory: &Path) -> io::Result<Option<Vec<u8>>> {
-    let mut bytes = match fs::read(directory.join("current")) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    match fs::read(directory.join("current")) {
+        Ok(bytes) => checked(bytes).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The body of a snapshot's file.
+fn checked(mut bytes: Vec<u8>) -> io::Result<Vec<u8>> {
     let invalid =
         |text: &str| Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot {text}")));
     if bytes.len() < 16 || &bytes[..8] != MAGIC {
@@ -152,7 +156,44 @@ fn read_snapshot(directory: &Path) -> io::Result<Option<Vec<u8>>> {
         return invalid("is damaged: its checksum does not match");
     }
     bytes.drain(..16);
-    Ok(Some(bytes))
+    Ok(bytes)
+}
+
+/// A snapshot's file that was read, outside of a running node.
+pub(crate) struct SnapshotFile {
+    machinery: Machinery,
+}
+
+impl SnapshotFile {
+    pub(crate) fn parse(bytes: Vec<u8>) -> io::Result<Self> {
+        Ok(SnapshotFile { machinery: decode(&checked(bytes)?)? })
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        &self.machinery.state
+    }
+
+    /// Term and index of its last entry.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        self.machinery.applied.map_or((0, 0), |id| (id.leader_id.term, id.index))
+    }
+
+    /// Id and address of each member.
+    pub(crate) fn members(&self) -> Vec<(u64, String)> {
+        let nodes = self.machinery.membership.membership().nodes();
+        nodes.map(|(&id, node)| (id, node.addr.clone())).collect()
+    }
+
+    /// Writes it as the snapshot of a node that is its only member. Returns the vote that goes with it.
+    pub(super) fn write_alone(mut self, directory: &Path, node: u64, address: &str) -> io::Result<Vote> {
+        let nodes = std::collections::BTreeMap::from([(node, openraft::BasicNode::new(address))]);
+        let membership = openraft::Membership::new(vec![[node].into()], nodes).map_err(io::Error::other)?;
+        let applied = self.machinery.applied.ok_or_else(|| io::Error::other("the snapshot is empty"))?;
+        self.machinery.membership = StoredMembership::new(Some(applied), membership);
+        fs::create_dir_all(directory)?;
+        write_snapshot(directory, &self.machinery.encode()?)?;
+        Ok(Vote { leader_id: super::types::leader_id(applied.leader_id.term, node), committed: false })
+    }
 }
 
 /// On disk under another name, then renamed: there is always one whole snapshot.

@@ -7,7 +7,7 @@ use openraft::StorageHelper;
 use openraft::storage::RaftLogStorage as _;
 
 use super::log_store::LogStore;
-use super::machine::Machine;
+use super::machine::{Machine, SnapshotFile};
 
 /// Why log or snapshot cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +50,21 @@ impl Storage {
             Ok(opened) => opened,
             Err(error) => Err(StorageError::Log { path, source: io::Error::other(error.to_string()) }),
         }
+    }
+
+    /// What a node has that begins with a snapshot, alone.
+    pub(crate) async fn restore(
+        directory: &Path,
+        file: SnapshotFile,
+        node: u64,
+        address: &str,
+    ) -> io::Result<()> {
+        let vote = file.write_alone(&directory.join("snapshot"), node, address)?;
+        let mut log = LogStore::open(&directory.join("log"))?;
+        // It has seen the term of what it holds.
+        log.save_vote(&vote).await?;
+        log.close();
+        Ok(())
     }
 
     pub(crate) async fn look(&mut self) -> Result<Found, StorageError> {

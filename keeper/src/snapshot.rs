@@ -1,0 +1,106 @@
+//! Snapshots as files: what one holds, and a new cluster made of one when the old is lost as a whole. Neither needs a
+//! keeper that runs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use carillon_agent::keys;
+
+use crate::home::{Home, HomeError};
+use crate::identity::node_text;
+use crate::raft::{SnapshotFile, Storage};
+
+/// Why a snapshot is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    #[error("{} is a keeper's already: restore into an empty directory", path.display())]
+    NotEmpty { path: PathBuf },
+    #[error("{address:?} is not an address: it must be host:port")]
+    Address { address: String },
+}
+
+/// What a snapshot holds.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct SnapshotInfo {
+    /// Size of the file.
+    pub file_bytes: u64,
+    /// Index and term of the last entry in it.
+    pub index: u64,
+    pub term: u64,
+    pub revision: u64,
+    pub compacted_revision: u64,
+    pub keys: usize,
+    /// Keys and values.
+    pub bytes: usize,
+    pub leases: usize,
+    /// Documents of configuration, by name.
+    pub documents: Vec<String>,
+    pub instances: Vec<String>,
+    /// Members at that time: id and address.
+    pub members: BTreeMap<String, String>,
+}
+
+fn read(path: &Path) -> Result<(u64, SnapshotFile), SnapshotError> {
+    let io = |source| SnapshotError::Io { path: path.to_owned(), source };
+    let bytes = fs::read(path).map_err(io)?;
+    Ok((bytes.len() as u64, SnapshotFile::parse(bytes).map_err(io)?))
+}
+
+/// Checks a snapshot, and says what it holds.
+pub fn inspect(path: &Path) -> Result<SnapshotInfo, SnapshotError> {
+    let (file_bytes, file) = read(path)?;
+    let state = file.state();
+    let below = |prefix: &'static str| -> Vec<String> {
+        let keys = state.prefix(prefix).filter_map(|(key, _)| key.strip_prefix(prefix));
+        keys.map(str::to_owned).collect()
+    };
+    let (term, index) = file.place();
+    Ok(SnapshotInfo {
+        file_bytes,
+        index,
+        term,
+        revision: state.revision(),
+        compacted_revision: state.compacted(),
+        keys: state.len(),
+        bytes: state.bytes(),
+        leases: state.lease_count(),
+        documents: below(keys::CONFIG),
+        instances: below(keys::INSTANCES),
+        members: file.members().into_iter().map(|(id, address)| (node_text(id), address)).collect(),
+    })
+}
+
+/// Makes a data directory of a snapshot: that of a new node, alone in its cluster, which others can then join. The
+/// cluster keeps its id, so that everything that knew it goes on; members of the old one that turn up start over.
+pub async fn restore(
+    path: &Path,
+    data_dir: &Path,
+    cluster: &str,
+    address: &str,
+) -> Result<SnapshotInfo, SnapshotError> {
+    if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+        return Err(SnapshotError::Address { address: address.to_owned() });
+    }
+    let info = inspect(path)?;
+    let io = |source| SnapshotError::Io { path: data_dir.to_owned(), source };
+    if data_dir.exists()
+        && fs::read_dir(data_dir)
+            .map_err(io)?
+            .any(|entry| entry.map_or(true, |entry| entry.file_name() != "lost+found"))
+    {
+        return Err(SnapshotError::NotEmpty { path: data_dir.to_owned() });
+    }
+    let home = Home::open(data_dir, None)?;
+    let (_, file) = read(path)?;
+    let node = home.identity().node_id();
+    Storage::restore(data_dir, file, node, address).await.map_err(io)?;
+    // Last: a directory without it is a blank node's, and what lies in it is put away.
+    home.settle(cluster)?;
+    Ok(info)
+}
