@@ -1,5 +1,6 @@
 //! The command line: every command and flag, each flag also an environment variable `CARILLON_…`.
 
+pub mod bench;
 pub mod keeper;
 mod people;
 mod processes;
@@ -62,6 +63,9 @@ pub enum Command {
     /// Have a running process do something, such as log more
     #[command(name = "command")]
     Send(CommandArgs),
+    /// Put load on what runs, and measure it
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Print the version
     Version(VersionArgs),
     /// Print the completions of a shell: source them, or put them where the shell looks

@@ -1,5 +1,6 @@
 //! The commands for people: push, broadcast, listen, status, kick, revoke, config. Results go to stdout, all else to stderr.
 
+mod bench;
 mod broadcast;
 mod config;
 mod keeper;
@@ -106,6 +107,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Rebalance(args) => moves::rebalance(args).await,
         Command::Config(command) => config::run(command).await,
         Command::Send(args) => config::command(args).await,
+        Command::Bench(command) => bench::run(command).await,
         Command::Version(args) => version(args.output),
         Command::Completions { shell } => {
             let mut script = Vec::new();
