@@ -69,12 +69,7 @@ fn failed(error: impl std::fmt::Display) -> CliError {
 }
 
 /// The same load, for as long as it is to last, from so many clients at once.
-async fn load(
-    args: &BenchKeeperArgs,
-    clients: usize,
-    what: &str,
-    write: bool,
-) -> Result<Measured, CliError> {
+async fn load(args: &BenchKeeperArgs, clients: usize, what: &str, write: bool) -> Result<Measured, CliError> {
     let value = vec![b'v'; args.value_bytes as usize];
     let mut tasks = JoinSet::new();
     let begun = Instant::now();
@@ -92,11 +87,8 @@ async fn load(
                     next = (next * 7919 + 1) % KEYS;
                     let key = format!("bench/{next:05}");
                     let asked = Instant::now();
-                    let outcome = if write {
-                        store.put(&key, &value).await
-                    } else {
-                        store.get(&key).await.map(drop)
-                    };
+                    let outcome =
+                        if write { store.put(&key, &value).await } else { store.get(&key).await.map(drop) };
                     match outcome {
                         Ok(()) => micros.push(asked.elapsed().as_micros() as u64),
                         Err(_) => failures += 1,
@@ -149,7 +141,9 @@ async fn watched(args: &BenchKeeperArgs) -> Result<(Measured, Option<f64>), CliE
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
     let bytes = match (before, memory(&args.pid)?) {
-        (Some(before), Some(after)) => Some(after.saturating_sub(before) as f64 / args.watchers.max(1) as f64),
+        (Some(before), Some(after)) => {
+            Some(after.saturating_sub(before) as f64 / args.watchers.max(1) as f64)
+        }
         _ => None,
     };
     let mut writer = Store::connect(&args.keeper[0], args.etcd).await.map_err(failed)?;

@@ -21,11 +21,13 @@ use openraft::raft::{
 };
 use openraft::{BasicNode, OptionalSend};
 use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 use super::types::{Snapshot, TypeConfig, Vote};
 use super::wire;
@@ -40,6 +42,8 @@ const BACKOFF: Duration = Duration::from_millis(100);
 const PART_BYTES: usize = 512 * 1024;
 /// Parts of a snapshot that may be under way.
 const PARTS: usize = 4;
+/// Requests that wait to be sent on a stream of appends.
+const APPENDS: usize = 16;
 
 /// A client that says which cluster it is of, and which node it means.
 pub(crate) type PeerClient = KeeperPeerClient<InterceptedService<Channel, Labels>>;
@@ -119,6 +123,14 @@ pub(crate) struct Peer {
     client: Result<PeerClient, Status>,
     node: u64,
     address: String,
+    /// Nothing is under way on it.
+    idle: Option<Appending>,
+}
+
+/// A stream of appends: it outlives what is sent on it, because opening one costs more than a heartbeat.
+struct Appending {
+    requests: mpsc::Sender<v1::RaftAppend>,
+    answers: Streaming<v1::RaftAppended>,
 }
 
 impl Peer {
@@ -140,7 +152,85 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Peer;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
-        Peer { client: self.client(&node.addr, Some(target)), node: target, address: node.addr.clone() }
+        let client = self.client(&node.addr, Some(target));
+        Peer { client, node: target, address: node.addr.clone(), idle: None }
+    }
+}
+
+impl Peer {
+    /// The stream that is there, or a new one.
+    async fn appending(&mut self, limit: Duration) -> Result<Appending, RPCError<TypeConfig>> {
+        if let Some(idle) = self.idle.take().filter(|idle| !idle.requests.is_closed()) {
+            return Ok(idle);
+        }
+        let (requests, receiver) = mpsc::channel(APPENDS);
+        let mut client = self.client()?;
+        match tokio::time::timeout(limit, client.append(ReceiverStream::new(receiver))).await {
+            Ok(Ok(answers)) => Ok(Appending { requests, answers: answers.into_inner() }),
+            Ok(Err(status)) => Err(self.failed(&status)),
+            Err(_) => Err(self.failed(&Status::unavailable("it does not answer"))),
+        }
+    }
+}
+
+/// What is being sent on a stream. Unless it comes to its end, the stream ends with it.
+struct Sending<'s, S> {
+    peer: &'s mut Peer,
+    stream: Appending,
+    /// None: all of it is sent.
+    input: Option<S>,
+    /// Requests without an answer yet.
+    pending: usize,
+}
+
+type Appended = Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>;
+
+impl<'s, S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin> Sending<'s, S> {
+    /// The next answer, and what is left; None: everything is answered.
+    async fn next(mut self) -> Option<(Appended, Option<Self>)> {
+        loop {
+            let Some(input) = &mut self.input else {
+                if self.pending == 0 {
+                    self.peer.idle = Some(self.stream);
+                    return None;
+                }
+                return Some(self.answer().await);
+            };
+            tokio::select! {
+                biased;
+                request = input.next() => match request.map(wire::append) {
+                    Some(Ok(request)) => match self.stream.requests.send(request).await {
+                        Ok(()) => self.pending += 1,
+                        Err(_) => return Some((Err(self.lost("the stream has ended")), None)),
+                    },
+                    Some(Err(error)) => return Some((Err(self.lost(&error.to_string())), None)),
+                    None => self.input = None,
+                },
+                answer = self.stream.answers.message(), if self.pending > 0 => {
+                    return Some(self.taken(answer));
+                }
+            }
+        }
+    }
+
+    async fn answer(mut self) -> (Appended, Option<Self>) {
+        let answer = self.stream.answers.message().await;
+        self.taken(answer)
+    }
+
+    fn taken(mut self, answer: Result<Option<v1::RaftAppended>, Status>) -> (Appended, Option<Self>) {
+        self.pending -= 1;
+        match answer.map(|answer| answer.map(wire::parse_appended).transpose()) {
+            Ok(Ok(Some(Ok(place)))) => (Ok(Ok(place)), Some(self)),
+            // The other node ends the stream after a refusal.
+            Ok(Ok(Some(refused))) => (Ok(refused), None),
+            Ok(Ok(None)) => (Err(self.lost("the stream has ended")), None),
+            Ok(Err(status)) | Err(status) => (Err(self.peer.failed(&status)), None),
+        }
+    }
+
+    fn lost(&self, why: &str) -> RPCError<TypeConfig> {
+        self.peer.failed(&Status::unavailable(why))
     }
 }
 
@@ -149,34 +239,14 @@ impl NetStreamAppend<TypeConfig> for Peer {
         &'s mut self,
         input: S,
         option: RPCOption,
-    ) -> BoxFuture<
-        's,
-        Result<
-            BoxStream<'s, Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>>,
-            RPCError<TypeConfig>,
-        >,
-    >
+    ) -> BoxFuture<'s, Result<BoxStream<'s, Appended>, RPCError<TypeConfig>>>
     where
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         Box::pin(async move {
-            let mut client = self.client()?;
-            // A membership that cannot be written down would be a mistake of ours: the stream ends there.
-            let requests = input.map(wire::append).take_while(|request| {
-                let fine = request.as_ref().inspect_err(|error| tracing::error!(%error, "entry not sent"));
-                std::future::ready(fine.is_ok())
-            });
-            let requests = requests.filter_map(|request| std::future::ready(request.ok()));
-            let begun = tokio::time::timeout(option.hard_ttl(), client.append(requests)).await;
-            let answers = match begun {
-                Ok(Ok(answers)) => answers.into_inner(),
-                Ok(Err(status)) => return Err(self.failed(&status)),
-                Err(_) => return Err(self.failed(&Status::unavailable("it does not answer"))),
-            };
-            let peer = &*self;
-            let answers = answers.map(move |answer| {
-                answer.and_then(wire::parse_appended).map_err(|status| peer.failed(&status))
-            });
+            let stream = self.appending(option.hard_ttl()).await?;
+            let sending = Sending { peer: self, stream, input: Some(input), pending: 0 };
+            let answers = futures::stream::unfold(Some(sending), |sending| async { sending?.next().await });
             Ok(Box::pin(answers) as BoxStream<'s, _>)
         })
     }
@@ -228,7 +298,7 @@ impl NetSnapshot<TypeConfig> for Peer {
         use v1::raft_snapshot_part::Part;
         let head = wire::snapshot_head(&vote, &snapshot.meta, snapshot.snapshot.len())
             .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
-        let (sender, receiver) = tokio::sync::mpsc::channel(PARTS);
+        let (sender, receiver) = mpsc::channel(PARTS);
         let feed = async move {
             let body = bytes::Bytes::from(snapshot.snapshot);
             let mut part = Part::Head(head);
@@ -240,7 +310,7 @@ impl NetSnapshot<TypeConfig> for Peer {
             }
         };
         let mut client = self.client()?;
-        let parts = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let parts = ReceiverStream::new(receiver);
         let sent = async {
             let ((), answer) =
                 futures::future::join(feed, client.install_snapshot(within(option.hard_ttl(), parts))).await;

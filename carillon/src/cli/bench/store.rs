@@ -19,7 +19,11 @@ impl Store {
         let endpoint = Endpoint::from_shared(node.to_owned()).map_err(|error| error.to_string())?;
         let channel = endpoint.tcp_nodelay(true).connect().await;
         let channel = channel.map_err(|error| format!("{node} does not answer: {error:?}"))?;
-        Ok(if etcd { Store::Etcd(etcd::Client::new(channel)) } else { Store::Keeper(KeeperClient::new(channel)) })
+        Ok(if etcd {
+            Store::Etcd(etcd::Client::new(channel))
+        } else {
+            Store::Keeper(KeeperClient::new(channel))
+        })
     }
 
     pub async fn put(&mut self, key: &str, value: &[u8]) -> Result<(), Status> {
