@@ -60,6 +60,8 @@ pub(crate) struct Core {
     pub metrics: Metrics,
     /// Publishing is one at a time here; across nodes the compares see to it.
     pub publishing: tokio::sync::Mutex<()>,
+    /// Snapshots that are being saved.
+    pub saving: Arc<tokio::sync::Semaphore>,
     pub stop: CancellationToken,
 }
 

@@ -68,7 +68,8 @@ impl Core {
     }
 
     pub(crate) fn keep_alive_here(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
-        if !self.node.leads() {
+        // Another may lead by now, and end the lease: it gives every lease its whole time from when it began.
+        if !self.node.leads() || !self.node.has_majority() {
             return Err(Status::unavailable("this keeper is not the leader"));
         }
         let ttl_ms = self.node.state().lease_ttl_ms(lease).ok_or_else(|| lease_gone(lease))?;

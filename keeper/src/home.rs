@@ -62,6 +62,8 @@ impl Record {
 pub(crate) struct Home {
     path: PathBuf,
     identity: Arc<Identity>,
+    /// Held while the identity is written.
+    settling: parking_lot::Mutex<()>,
     /// Kept open for its lock.
     _lock: File,
 }
@@ -103,7 +105,12 @@ impl Home {
                     expected: expected.to_owned(),
                 })
             }
-            _ => Ok(Home { path: path.to_owned(), identity: record.identity(), _lock: lock }),
+            _ => Ok(Home {
+                path: path.to_owned(),
+                identity: record.identity(),
+                settling: parking_lot::Mutex::new(()),
+                _lock: lock,
+            }),
         }
     }
 
@@ -113,6 +120,7 @@ impl Home {
 
     /// Writes down which cluster this node belongs to. It never changes after that.
     pub(crate) fn settle(&self, cluster: &str) -> Result<(), HomeError> {
+        let _one_at_a_time = self.settling.lock();
         match self.identity.cluster() {
             Some(present) if *present == *cluster => return Ok(()),
             Some(present) => {

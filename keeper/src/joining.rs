@@ -1,8 +1,9 @@
 //! How a node comes to its cluster: a blank one founds one or asks to be taken in, one that was away finds out whether it
 //! is still what it was.
 //!
-//! A cluster is founded by the first of the configured peers, alone, and only when every other peer has answered that it
-//! is blank: a founder that has lost its disk finds the others initialized, and joins them like everyone else.
+//! A cluster is founded by the first of the configured peers (in the order of their names), alone, and only when every
+//! other peer has answered that it is blank: a founder that has lost its disk finds the others initialized, and joins
+//! them like everyone else.
 
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::raft::network::{Network, within};
 
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Taking a node in may mean taking its predecessor out first.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two rounds of asking.
 const PAUSE: Duration = Duration::from_millis(300);
 /// What is waited for is said again after this.
@@ -39,7 +40,7 @@ pub(crate) enum Standing {
 }
 
 async fn identify(network: &Network, address: &str, confirm: bool) -> Result<v1::IdentifyResponse, Status> {
-    let mut client = network.client(address, None)?;
+    let mut client = network.stranger(address)?;
     let answer = client.identify(within(ASK_TIMEOUT, v1::IdentifyRequest { confirm })).await?;
     Ok(answer.into_inner())
 }
@@ -56,23 +57,21 @@ pub(crate) async fn standing(
     loop {
         let asked = addresses.iter().map(|address| identify(network, address, true));
         let answers = futures::future::join_all(asked).await;
-        // Who does not answer at all is not up: when nobody is, there is nothing to wait for.
-        let mut anyone = false;
-        for answer in answers.into_iter().flatten().filter(|answer| answer.cluster_id == cluster) {
-            anyone |= answer.initialized;
-            if !answer.confirmed {
+        for answer in answers.into_iter().flatten() {
+            if answer.cluster_id != cluster || !answer.confirmed {
                 continue;
             }
-            let last = found.last_log.unwrap_or(0);
+            let last = found.last_log.unwrap_or((0, 0));
             return match answer.members.iter().find(|member| member.node_id == own) {
                 None => Standing::Removed,
-                Some(member) if member.matched_index > last => {
-                    Standing::Stale { confirmed: member.matched_index, found: last }
+                Some(member) if (member.matched_term, member.matched_index) > last => {
+                    Standing::Stale { confirmed: member.matched_index, found: last.1 }
                 }
                 Some(_) => Standing::AsBefore,
             };
         }
-        if !anyone || Instant::now() + PAUSE >= deadline {
+        // Nobody leads, or nobody is up yet: everything may be starting at once.
+        if Instant::now() + PAUSE >= deadline {
             return Standing::AsBefore;
         }
         sleep(PAUSE).await;
@@ -88,40 +87,63 @@ pub(crate) async fn join(
     cluster: Option<&str>,
 ) -> Result<(), KeeperError> {
     let others: Vec<&String> = peers.iter().filter(|peer| *peer != own).collect();
-    let may_found = peers.first().is_none_or(|first| first == own);
+    // Whatever the order in which each was told of them.
+    let first = peers.iter().min();
+    let may_found = first.is_none_or(|first| first == own);
     let mut reminded: Option<Instant> = None;
-    while !core.node.is_initialized().await {
+    while !core.node.is_initialized().await.map_err(|error| KeeperError::Node(error.to_string()))? {
         let asked = others.iter().map(|address| identify(core.node.network(), address, false));
         let answers = futures::future::join_all(asked).await;
-        let mut missing = Vec::new();
-        let mut member = None;
+        let (mut missing, mut members) = (Vec::new(), Vec::new());
         for (address, answer) in others.iter().zip(answers) {
             match answer {
-                Ok(answer) if answer.initialized => member = member.or(Some((*address, answer))),
+                // One that belongs to a cluster is not blank, whatever it has.
+                Ok(answer) if answer.initialized || !answer.cluster_id.is_empty() => {
+                    members.push((*address, answer));
+                }
                 Ok(_) => {}
                 Err(status) => missing.push(format!("{address} ({})", status.message())),
             }
         }
-        let waits_for = match member {
-            Some((address, answer)) => {
-                let known = core.node.identity().cluster();
-                if let Some(known) = known.as_deref().or(cluster)
-                    && *known != *answer.cluster_id
-                {
-                    return Err(KeeperError::OtherCluster {
-                        peer: address.clone(),
-                        found: answer.cluster_id,
-                        expected: known.to_owned(),
-                    });
+        let known = core.node.identity().cluster();
+        let expected = known.as_deref().or(cluster);
+        if let Some((address, answer)) =
+            members.iter().find(|(_, answer)| expected.is_some_and(|expected| *expected != answer.cluster_id))
+        {
+            return Err(KeeperError::OtherCluster {
+                peer: (*address).clone(),
+                found: answer.cluster_id.clone(),
+                expected: expected.unwrap_or_default().to_owned(),
+            });
+        }
+        let waits_for = match members.first() {
+            Some((_, first)) => {
+                let mut outcome = Ok(());
+                for (address, answer) in &members {
+                    if answer.cluster_id != first.cluster_id {
+                        return Err(KeeperError::OtherCluster {
+                            peer: (*address).clone(),
+                            found: answer.cluster_id.clone(),
+                            expected: first.cluster_id.clone(),
+                        });
+                    }
+                    outcome = tokio::select! {
+                        outcome = ask_to_be_taken_in(core, address, &answer.cluster_id, own) => outcome,
+                        () = core.stop.cancelled() => return Ok(()),
+                    };
+                    if outcome.is_ok() {
+                        break;
+                    }
                 }
-                match ask_to_be_taken_in(core, address, &answer.cluster_id, own).await {
+                match outcome {
                     Ok(()) => "the first entries of the cluster".to_owned(),
                     Err(status) => format!("a keeper that takes this one in ({})", status.message()),
                 }
             }
+            // An id that is there already is from a founding that was interrupted: who took this node in would be a member.
             None if may_found && missing.is_empty() => {
                 let new = uuid::Uuid::new_v4().to_string();
-                home.settle(core.node.identity().cluster().as_deref().or(cluster).unwrap_or(&new))?;
+                home.settle(expected.unwrap_or(&new))?;
                 core.node.found(own).await?;
                 tracing::info!(
                     cluster = core.node.identity().cluster().as_deref(),
@@ -133,7 +155,7 @@ pub(crate) async fn join(
             None if may_found => {
                 format!("all peers to answer before founding a cluster: {}", missing.join(", "))
             }
-            None => format!("{} to found the cluster", peers[0]),
+            None => format!("{} to found the cluster", first.map_or("", String::as_str)),
         };
         if reminded.is_none_or(|reminded| reminded.elapsed() > REMIND) {
             tracing::info!("waiting for {waits_for}");
@@ -149,8 +171,9 @@ pub(crate) async fn join(
 
 /// Asks a member to have the leader take in the node at `own`.
 async fn ask_to_be_taken_in(core: &Core, member: &str, cluster: &str, own: &str) -> Result<(), Status> {
-    let mut client = core.node.network().client(member, None)?;
-    let mut request = within(JOIN_TIMEOUT, v1::JoinRequest { address: own.to_owned() });
+    let mut client = core.node.network().stranger(member)?;
+    let join = v1::JoinRequest { address: own.to_owned(), node_id: core.node.id() };
+    let mut request = within(JOIN_TIMEOUT, join);
     // This node is of no cluster yet, so that it has to be said here.
     let cluster = cluster.parse().map_err(|_| Status::internal("a cluster id that is not ASCII"))?;
     request.metadata_mut().insert(crate::identity::CLUSTER_METADATA, cluster);

@@ -51,6 +51,8 @@ use crate::service::Service;
 
 /// A node that is alone must lead within this.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Snapshots that may be saved at a time.
+const SNAPSHOTS_SAVED: usize = 2;
 /// A leader that stops hands its lead over within this, if somebody can take it.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Calls under way are given this long to end when the keeper stops.
@@ -99,6 +101,8 @@ pub enum KeeperError {
     Home(#[from] HomeError),
     #[error("keeper: {0}")]
     Node(String),
+    #[error("keeper: {own} is not among the peers {peers}: name it as the others do (--advertise-grpc)")]
+    NotAmongPeers { own: String, peers: String },
     #[error("keeper: peer {peer} is of cluster {found}, not of {expected}")]
     OtherCluster { peer: String, found: String, expected: String },
     #[error("keeper: two document kinds are called {0}")]
@@ -156,6 +160,9 @@ impl Keeper {
         }
         let addr = options.listener.local_addr().map_err(KeeperError::Listener)?;
         let advertise = options.advertise.unwrap_or_else(|| addr.to_string());
+        if !options.peers.is_empty() && !options.peers.contains(&advertise) {
+            return Err(KeeperError::NotAmongPeers { own: advertise, peers: options.peers.join(", ") });
+        }
         let (path, expected) = (options.data_dir.clone(), options.cluster_id.clone());
         let mut home = tokio::task::spawn_blocking(move || Home::open(&path, expected.as_deref()))
             .await
@@ -170,6 +177,7 @@ impl Keeper {
             leases: Leases::default(),
             metrics: Metrics::new()?,
             publishing: tokio::sync::Mutex::new(()),
+            saving: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_SAVED)),
             stop: CancellationToken::new(),
         });
         let registered = match options.registry.map(|registry| metrics::register(&core, registry)).transpose()
@@ -193,7 +201,8 @@ impl Keeper {
         if options.peers.is_empty() {
             let alone = async {
                 joining::join(&core, &home, &advertise, &[], cluster_id.as_deref()).await?;
-                handle.lead().await
+                // Others may have been taken in since; then one of them may lead.
+                if core.node.is_alone() { handle.lead().await } else { Ok(()) }
             };
             if let Err(error) = alone.await {
                 handle.stop().await;
@@ -230,9 +239,8 @@ async fn verified(
         known.chain(peers).filter(|address| *address != advertise).cloned().collect();
     addresses.sort();
     addresses.dedup();
-    let Some(cluster) = home.identity().cluster().filter(|_| found.last_log.is_some()) else {
-        return Ok(storage);
-    };
+    // A node that belongs to a cluster and has nothing: it is asked about, too.
+    let Some(cluster) = home.identity().cluster() else { return Ok(storage) };
     if addresses.is_empty() {
         return Ok(storage);
     }
@@ -375,7 +383,10 @@ impl KeeperHandle {
             running.server.abort();
             let _ = running.server.await;
         }
-        while running.tasks.join_next().await.is_some() {}
+        let ended = async { while running.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOP_TIMEOUT, ended).await.is_err() {
+            running.tasks.shutdown().await;
+        }
         self.core.node.stop().await;
         let _ = running.observer.await;
         tracing::info!(addr = %self.addr, "keeper has stopped");

@@ -11,12 +11,16 @@ use crate::core::Core;
 use crate::raft::network::{PeerClient, within};
 
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(20);
+/// A new leader has heard everyone who is alive after this.
+const AFTER_HAND_OVER: Duration = Duration::from_secs(1);
+/// A part of a snapshot that nobody takes within this ends the call.
+const PART_TIMEOUT: Duration = Duration::from_secs(10);
 /// Size of a part of a snapshot that is saved.
 const PART_BYTES: usize = 512 * 1024;
 /// Parts under way.
 const PARTS: usize = 4;
 
-/// A failure that only says that the node asked is not the leader, or not there.
+/// What the leader has answered, without what its connection adds.
 fn forwarded(status: Status) -> Status {
     match status.code() {
         Code::Ok => Status::internal("an empty failure"),
@@ -45,12 +49,12 @@ impl Core {
         Ok(v1::MemberListResponse { members: self.node.members(), leader_id })
     }
 
-    pub(crate) async fn take_in(&self, address: String) -> Result<u64, Status> {
+    pub(crate) async fn take_in(&self, address: String, node_id: u64) -> Result<u64, Status> {
         check_address(&address)?;
         if self.node.leads() {
-            return self.node.take_in(&address).await;
+            return self.node.take_in(&address, node_id).await;
         }
-        let request = within(FORWARD_TIMEOUT, v1::JoinRequest { address });
+        let request = within(FORWARD_TIMEOUT, v1::JoinRequest { address, node_id });
         let answer = self.leader()?.join(request).await;
         answer.map(|answer| answer.into_inner().node_id).map_err(forwarded)
     }
@@ -60,8 +64,9 @@ impl Core {
             if node_id != self.node.id() {
                 return self.node.remove(node_id).await;
             }
-            // Whoever leads then takes this node out.
+            // Whoever leads then takes this node out, once it has heard who is alive.
             self.node.hand_over(0).await?;
+            tokio::time::sleep(AFTER_HAND_OVER).await;
         }
         let request = within(FORWARD_TIMEOUT, v1::MemberRemoveRequest { node_id });
         self.leader()?.remove_member(request).await.map(drop).map_err(forwarded)
@@ -84,20 +89,20 @@ impl Core {
         self.node.linearize().await?;
         let node = self.node.clone();
         let (sender, receiver) = mpsc::channel(PARTS);
-        tokio::task::spawn_blocking(move || {
-            let file = match node.snapshot_file() {
-                Ok(file) => bytes::Bytes::from(file),
-                Err(error) => {
-                    let _ = sender.blocking_send(Err(Status::internal(error.to_string())));
-                    return;
-                }
-            };
+        let permit = self.saving.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| Status::resource_exhausted("another snapshot is being saved"))?;
+        let file = tokio::task::spawn_blocking(move || node.snapshot_file()).await;
+        let file = file.map_err(|error| Status::internal(error.to_string()))?;
+        let file = bytes::Bytes::from(file.map_err(|error| Status::internal(error.to_string()))?);
+        tokio::spawn(async move {
             for at in (0..file.len()).step_by(PART_BYTES) {
                 let part = file.slice(at..(at + PART_BYTES).min(file.len()));
-                if sender.blocking_send(Ok(v1::SaveSnapshotResponse { part })).is_err() {
-                    return;
+                let part = Ok(v1::SaveSnapshotResponse { part });
+                if sender.send_timeout(part, PART_TIMEOUT).await.is_err() {
+                    break;
                 }
             }
+            drop(permit);
         });
         Ok(ReceiverStream::new(receiver))
     }
@@ -124,10 +129,16 @@ pub(crate) async fn steward(core: std::sync::Arc<Core>, address: String) {
         if !core.node.leads() {
             continue;
         }
-        for outcome in [core.node.announce(&address).await, core.node.promote().await] {
-            if let Err(status) = outcome {
+        let changes = async {
+            core.node.finish_change().await?;
+            core.node.announce(&address).await?;
+            core.node.promote().await
+        };
+        tokio::select! {
+            outcome = changes => if let Err(status) = outcome {
                 tracing::debug!(error = status.message(), "members not changed, trying again");
-            }
+            },
+            () = core.stop.cancelled() => return,
         }
     }
 }

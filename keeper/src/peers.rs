@@ -7,6 +7,7 @@ use carillon_proto::v1;
 use carillon_proto::v1::keeper_peer_server::KeeperPeer;
 use futures::{Stream, StreamExt as _};
 use openraft::errors::RaftError;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 use v1::raft_snapshot_part::Part;
 
@@ -19,6 +20,8 @@ use crate::raft::wire::{self, malformed};
 
 /// Largest snapshot that is taken from another node, bytes.
 const MAX_SNAPSHOT_BYTES: u64 = 4 * 1024 * 1024 * 1024;
+/// Snapshots that are taken at a time.
+const SNAPSHOTS: usize = 1;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -26,11 +29,12 @@ pub(crate) struct Peers {
     core: Shared,
     /// Not held: the directory is let go of when the keeper stops, whoever is still connected.
     home: Weak<Home>,
+    snapshots: Semaphore,
 }
 
 impl Peers {
     pub(crate) fn new(core: Shared, home: &Arc<Home>) -> Self {
-        Peers { core, home: Arc::downgrade(home) }
+        Peers { core, home: Arc::downgrade(home), snapshots: Semaphore::new(SNAPSHOTS) }
     }
 
     /// Refuses whoever does not mean this node of this cluster.
@@ -57,7 +61,9 @@ impl KeeperPeer for Peers {
         let node = self.core.node.clone();
         // A stream that breaks, or says what makes no sense, ends here, and the leader begins another.
         let requests = requests.take_until(self.core.stop.clone().cancelled_owned()).map(move |request| {
-            node.leader_heard();
+            if request.as_ref().is_ok_and(|request| request.in_touch) {
+                node.leader_heard();
+            }
             request.and_then(wire::parse_append)
         });
         let requests = requests.take_while(|request| {
@@ -92,13 +98,16 @@ impl KeeperPeer for Peers {
         if head.size > MAX_SNAPSHOT_BYTES {
             return Err(malformed(format_args!("a snapshot of {} bytes", head.size)));
         }
+        let _one_at_a_time = self
+            .snapshots
+            .try_acquire()
+            .map_err(|_| Status::unavailable("another snapshot is being taken"))?;
         let (vote, meta) = (wire::parse_vote(head.vote)?, wire::parse_snapshot_meta(&head.meta)?);
         let mut body = Vec::new();
         while let Some(part) = parts.message().await? {
             let Some(Part::Bytes(bytes)) = part.part else {
                 return Err(malformed("a snapshot has a second head"));
             };
-            self.core.node.leader_heard();
             body.extend_from_slice(&bytes);
             if body.len() as u64 > head.size {
                 return Err(malformed("a snapshot is larger than was said"));
@@ -106,6 +115,12 @@ impl KeeperPeer for Peers {
         }
         if body.len() as u64 != head.size {
             return Err(malformed("a snapshot is not whole"));
+        }
+        // openraft takes what is not a snapshot of this cluster for a mistake of its own, and ends.
+        let place = crate::raft::SnapshotFile::of_body(&body).map_err(malformed)?.place();
+        let said = meta.last_log_id.map_or((0, 0), |id| (id.leader_id.term, id.index));
+        if place != said || meta.last_log_id.is_some_and(|id| id.leader_id.term > vote.leader_id.term) {
+            return Err(malformed("a snapshot that is not what its head says"));
         }
         let snapshot = Snapshot { meta, snapshot: body };
         let answer = self.core.node.raft().install_full_snapshot(vote, snapshot).await.map_err(fatal)?;
@@ -145,7 +160,7 @@ impl KeeperPeer for Peers {
 
     async fn join(&self, request: Request<v1::JoinRequest>) -> Answer<v1::JoinResponse> {
         let request = self.check(request)?;
-        let node_id = self.core.take_in(request.address).await?;
+        let node_id = self.core.take_in(request.address, request.node_id).await?;
         Ok(Response::new(v1::JoinResponse { node_id }))
     }
 
@@ -176,7 +191,7 @@ impl KeeperPeer for Peers {
         Ok(Response::new(v1::IdentifyResponse {
             node_id: node.id(),
             cluster_id: cluster.map(|cluster| cluster.to_string()).unwrap_or_default(),
-            initialized: node.is_initialized().await,
+            initialized: node.is_initialized().await?,
             leader_id: progress.leader.unwrap_or(0),
             members: node.members(),
             confirmed: certain,

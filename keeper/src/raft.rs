@@ -133,6 +133,7 @@ impl Node {
         let raft = Raft::new(id, Arc::new(config), network.clone(), log.clone(), machine.clone())
             .await
             .map_err(|error| failed(&error))?;
+        network.follow(raft.metrics());
         let founded = raft.is_initialized().await.map_err(|error| failed(&error))?;
         // Alone, there is nobody whose heartbeat one would have to wait for.
         if founded && raft.voter_ids().eq([id]) {
@@ -166,8 +167,8 @@ impl Node {
     }
 
     /// Does it have a log: is it a member of a cluster, or was it one?
-    pub(crate) async fn is_initialized(&self) -> bool {
-        self.raft.is_initialized().await.unwrap_or(false)
+    pub(crate) async fn is_initialized(&self) -> Result<bool, Unavailable> {
+        self.raft.is_initialized().await.map_err(|error| Unavailable::Failed(error.to_string()))
     }
 
     pub(crate) fn id(&self) -> u64 {
@@ -194,6 +195,21 @@ impl Node {
 
     pub(crate) fn leads(&self) -> bool {
         self.leadership.borrow().is_some()
+    }
+
+    /// As the leader: did a majority answer so recently that nobody else can lead yet?
+    pub(crate) fn has_majority(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let voters = metrics.membership_config.membership().voter_ids().count();
+        let recent = Duration::from_millis(ELECTION_MAX_MS);
+        metrics.state.is_leader()
+            && (voters == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < recent))
+    }
+
+    /// Is this node all there is?
+    pub(crate) fn is_alone(&self) -> bool {
+        self.raft.voter_ids().eq([self.id()])
     }
 
     /// Does this node hear a leader, or lead and hear a majority? Out of touch, what it has may be old, and stays so.
@@ -223,7 +239,7 @@ impl Node {
     /// A client for the leader, which is another node.
     pub(crate) fn leader_client(&self) -> Result<network::PeerClient, Unavailable> {
         let (id, address) = self.leader().ok_or(Unavailable::NotLeader { leader: None })?;
-        let client = self.network.client(&address, Some(id));
+        let client = self.network.member(id, &address);
         client.map_err(|_| Unavailable::NotLeader { leader: Some(address) })
     }
 
@@ -281,11 +297,14 @@ impl Node {
         if !self.leads() {
             return Err(self.not_leader());
         }
+        if let Some(failure) = self.failure.borrow().clone() {
+            return Err(Unavailable::Failed(failure));
+        }
         match timeout(PROPOSE_TIMEOUT, self.raft.client_write(Entry(entry))).await {
             Ok(Ok(answer)) => Ok(answer.data.0),
-            // It may have been in the log when the lead was lost.
-            Ok(Err(RaftError::APIError(error))) => Err(Unavailable::Unknown(error.to_string())),
-            Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Failed(error.to_string())),
+            Ok(Err(RaftError::APIError(error))) => Err(self.refused(error)),
+            // It may be with other nodes already.
+            Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Unknown(error.to_string())),
             Err(_) => Err(Unavailable::Timeout),
         }
     }
@@ -294,7 +313,9 @@ impl Node {
         let mut client = self.leader_client()?;
         let answer = client.propose(within(PROPOSE_TIMEOUT, entry)).await;
         answer.map(tonic::Response::into_inner).map_err(|status| {
-            if was_not_sent(&status) || status.code() == Code::Aborted {
+            // FAILED_PRECONDITION: another node, or one of another cluster, is at the address.
+            let refused = matches!(status.code(), Code::Aborted | Code::FailedPrecondition);
+            if refused || was_not_sent(&status) {
                 return self.not_leader();
             }
             match status.code() {
@@ -320,9 +341,19 @@ impl Node {
             .map_err(|error| Unavailable::Failed(error.to_string()))?;
         match timeout(PROPOSE_TIMEOUT, answer).await {
             Ok(Ok(Ok(answer))) => Ok(answer.data.0),
-            Ok(Ok(Err(error))) => Err(not_leader(error)),
-            Ok(Err(_)) => Err(Unavailable::Failed("it has stopped".to_owned())),
+            Ok(Ok(Err(error))) => Err(self.refused(error)),
+            Ok(Err(_)) => Err(Unavailable::Unknown("it has stopped".to_owned())),
             Err(_) => Err(Unavailable::Timeout),
+        }
+    }
+
+    /// What openraft says of an entry that it did not commit.
+    fn refused(&self, error: ClientWriteError<TypeConfig>) -> Unavailable {
+        match error {
+            // Before it was appended.
+            ClientWriteError::ForwardToLeader(_) => self.not_leader(),
+            // Among others: it was in the log, and another leader has put something else there.
+            error => Unavailable::Unknown(error.to_string()),
         }
     }
 
@@ -372,15 +403,6 @@ fn was_not_sent(status: &Status) -> bool {
         source = error.source();
     }
     false
-}
-
-fn not_leader(error: ClientWriteError<TypeConfig>) -> Unavailable {
-    match error {
-        ClientWriteError::ForwardToLeader(forward) => {
-            Unavailable::NotLeader { leader: forward.leader_node.map(|node| node.addr) }
-        }
-        error => Unavailable::Failed(error.to_string()),
-    }
 }
 
 /// Turns openraft's metrics into the two things that the rest of the keeper waits for.

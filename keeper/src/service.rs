@@ -302,7 +302,7 @@ impl Keeper for Service {
 
     async fn member_add(&self, request: Request<v1::MemberAddRequest>) -> Answer<v1::MemberAddResponse> {
         self.count("member_add");
-        let node_id = self.core.take_in(request.into_inner().address).await?;
+        let node_id = self.core.take_in(request.into_inner().address, 0).await?;
         Ok(Response::new(v1::MemberAddResponse { node_id }))
     }
 

@@ -227,7 +227,7 @@ pub struct RebalanceArgs {
 }
 
 /// Seconds, or a number with a unit: `90`, `90s`, `10m`, `2h`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
         "" | "s" => 1,

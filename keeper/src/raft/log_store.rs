@@ -11,7 +11,7 @@ use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use raft_log::api::raft_log_writer::RaftLogWriter as _;
-use raft_log::{Config, RaftLog};
+use raft_log::{Config, RaftLog, Types as _};
 use tokio::sync::oneshot;
 
 use super::codec::{WalLogId, WalPayload, WalTypes, WalVote};
@@ -23,6 +23,8 @@ const CHUNK_RECORDS: usize = 64 * 1024;
 /// Entries held in memory as well; older ones are read from disk.
 const CACHE_BYTES: usize = 32 * 1024 * 1024;
 const CACHE_ENTRIES: usize = 16 * 1024;
+/// Entries that are sent to a follower in one message are about this large, one at least.
+const BATCH_BYTES: usize = 1024 * 1024;
 const READ_BUFFER_BYTES: usize = 1024 * 1024;
 const FLUSH_QUEUE_BYTES: usize = 64 * 1024 * 1024;
 
@@ -108,6 +110,22 @@ impl RaftLogReader<TypeConfig> for LogStore {
         log.read(from, to)
             .map(|entry| entry.map(|(log_id, payload)| LogEntry { log_id: log_id.0, payload: payload.0 }))
             .collect()
+    }
+
+    /// What fits into a message: entries may be large, and a follower that lags takes many at once.
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<LogEntry>, io::Error> {
+        let log = self.opened()?;
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        for entry in log.read(start, end) {
+            let (log_id, payload) = entry?;
+            bytes += WalTypes::payload_size(&payload) as usize;
+            if bytes > BATCH_BYTES && !entries.is_empty() {
+                break;
+            }
+            entries.push(LogEntry { log_id: log_id.0, payload: payload.0 });
+        }
+        Ok(entries)
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {

@@ -92,6 +92,10 @@ impl Machine {
         self.inner.applied.subscribe()
     }
 
+    pub(super) fn applied_id(&self) -> Option<LogId> {
+        self.inner.machinery.read().applied
+    }
+
     /// The state as it is now, as a snapshot's file.
     pub(crate) fn file(&self) -> io::Result<Vec<u8>> {
         let body = self.inner.machinery.read().clone().encode()?;
@@ -167,6 +171,11 @@ pub(crate) struct SnapshotFile {
 impl SnapshotFile {
     pub(crate) fn parse(bytes: Vec<u8>) -> io::Result<Self> {
         Ok(SnapshotFile { machinery: decode(&checked(bytes)?)? })
+    }
+
+    /// What is sent from node to node: no head, no checksum.
+    pub(crate) fn of_body(body: &[u8]) -> io::Result<Self> {
+        Ok(SnapshotFile { machinery: decode(body)? })
     }
 
     pub(crate) fn state(&self) -> &State {

@@ -36,6 +36,7 @@ struct Member {
     voter: bool,
     /// The last entry that is known to be on its disk.
     matched: u64,
+    matched_term: u64,
     /// None: not since this node leads.
     heard: Option<Duration>,
 }
@@ -54,19 +55,27 @@ impl Node {
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
         let members = membership.nodes().map(|(&id, node)| {
             let own = id == self.id();
-            let matched = match &metrics.replication {
-                _ if own => metrics.last_log_index.unwrap_or(0),
-                Some(replication) => {
-                    replication.get(&id).and_then(Option::as_ref).map_or(0, |log_id| log_id.index)
-                }
-                None => 0,
+            let (matched_term, matched) = match &metrics.replication {
+                _ if own => (metrics.current_term, metrics.last_log_index.unwrap_or(0)),
+                Some(replication) => replication
+                    .get(&id)
+                    .and_then(Option::as_ref)
+                    .map_or((0, 0), |log_id| (log_id.leader_id.term, log_id.index)),
+                None => (0, 0),
             };
             let heard = match &metrics.heartbeat {
                 Some(_) if own => Some(Duration::ZERO),
                 Some(heard) => heard.get(&id).and_then(Option::as_ref).map(|at| (**at).elapsed()),
                 None => None,
             };
-            Member { id, address: node.addr.clone(), voter: voters.contains(&id), matched, heard }
+            Member {
+                id,
+                address: node.addr.clone(),
+                voter: voters.contains(&id),
+                matched,
+                matched_term,
+                heard,
+            }
         });
         members.collect()
     }
@@ -78,6 +87,7 @@ impl Node {
             address: member.address,
             voter: member.voter,
             matched_index: member.matched,
+            matched_term: member.matched_term,
             heard_ms: member.heard.map_or(-1, |heard| i64::try_from(heard.as_millis()).unwrap_or(i64::MAX)),
         });
         members.collect()
@@ -87,23 +97,43 @@ impl Node {
         if self.leads() { Ok(()) } else { Err(self.not_leader().into()) }
     }
 
-    async fn change(&self, change: ChangeMembers<u64, BasicNode>, retain: bool) -> Result<(), Status> {
-        match timeout(CHANGE_TIMEOUT, self.raft.change_membership(change, retain)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => {
+    /// Two entries of the log, by way of both memberships at once. Who is taken out does not stay as a learner. It goes on
+    /// when the caller has gone: half a change would leave the cluster with both majorities to find.
+    async fn change(&self, change: ChangeMembers<u64, BasicNode>) -> Result<(), Status> {
+        let raft = self.raft.clone();
+        let changed = tokio::spawn(async move { raft.change_membership(change, false).await });
+        match timeout(CHANGE_TIMEOUT, changed).await {
+            Ok(Ok(Ok(_))) => Ok(()),
+            Ok(Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))))) => {
                 Err(self.not_leader().into())
             }
-            Ok(Err(RaftError::APIError(error))) => Err(Status::aborted(error.to_string())),
-            Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Failed(error.to_string()).into()),
+            Ok(Ok(Err(RaftError::APIError(error)))) => Err(Status::aborted(error.to_string())),
+            Ok(Ok(Err(RaftError::Fatal(error)))) => Err(Unavailable::Unknown(error.to_string()).into()),
+            Ok(Err(error)) => Err(Unavailable::Unknown(error.to_string()).into()),
             Err(_) => Err(Unavailable::Timeout.into()),
         }
     }
 
+    /// As the leader: brings a change that a former leader has begun to its end.
+    pub(crate) async fn finish_change(&self) -> Result<(), Status> {
+        let half_done = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.membership_config.membership().get_joint_config().len() > 1
+        };
+        if !half_done {
+            return Ok(());
+        }
+        let Ok(_one_at_a_time) = self.changing.try_lock() else { return Ok(()) };
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::new())).await
+    }
+
     /// Takes in the node that waits at an address; the former node of that address is taken out. Returns its id.
-    pub(crate) async fn take_in(&self, address: &str) -> Result<u64, Status> {
+    /// `expected`: the node that must be there; 0: whichever.
+    pub(crate) async fn take_in(&self, address: &str, expected: u64) -> Result<u64, Status> {
         self.must_lead()?;
         let _one_at_a_time = self.changing.lock().await;
-        let mut client = self.network.client(address, None)?;
+        let mut client = self.network.stranger(address)?;
         let who = client.identify(within(IDENTIFY_TIMEOUT, v1::IdentifyRequest { confirm: false })).await;
         let who = who
             .map_err(|status| {
@@ -111,6 +141,13 @@ impl Node {
             })?
             .into_inner();
         let (id, own) = (who.node_id, self.identity.cluster().unwrap_or_default());
+        if id == self.id() || (expected != 0 && id != expected) {
+            let text = format!(
+                "at {address} the leader reaches keeper {}, not the one that is to be taken in: is its address told right (--advertise-grpc)?",
+                node_text(id)
+            );
+            return Err(Status::failed_precondition(text));
+        }
         if !who.cluster_id.is_empty() && *who.cluster_id != *own {
             let text = format!("the keeper at {address} is of cluster {}, not of {own}", who.cluster_id);
             return Err(Status::failed_precondition(text));
@@ -120,7 +157,7 @@ impl Node {
         if let Some(member) = members.iter().find(|member| member.id == id) {
             if member.address != address {
                 tracing::info!(node = node_text(id), address, "keeper has moved");
-                self.change(ChangeMembers::SetNodes(BTreeMap::from([(id, node)])), true).await?;
+                self.change(ChangeMembers::SetNodes(BTreeMap::from([(id, node)]))).await?;
             }
             return Ok(id);
         }
@@ -131,7 +168,13 @@ impl Node {
             );
             return Err(Status::failed_precondition(text));
         }
-        if let Some(former) = members.iter().find(|member| member.address == address) {
+        let former = members.iter().find(|member| member.address == address);
+        if former.is_none() && members.len() >= MAX_MEMBERS {
+            return Err(Status::failed_precondition(format!("a cluster has at most {MAX_MEMBERS} keepers")));
+        }
+        let adopt = v1::AdoptRequest { cluster_id: own.to_string(), node_id: id };
+        client.adopt(within(IDENTIFY_TIMEOUT, adopt)).await?;
+        if let Some(former) = former {
             tracing::warn!(
                 former = node_text(former.id),
                 node = node_text(id),
@@ -140,12 +183,7 @@ impl Node {
             );
             self.take_out(former.id).await?;
         }
-        if self.known_members().len() >= MAX_MEMBERS {
-            return Err(Status::failed_precondition(format!("a cluster has at most {MAX_MEMBERS} keepers")));
-        }
-        let adopt = v1::AdoptRequest { cluster_id: own.to_string(), node_id: id };
-        client.adopt(within(IDENTIFY_TIMEOUT, adopt)).await?;
-        self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, node)])), true).await?;
+        self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, node)]))).await?;
         tracing::info!(node = node_text(id), address, "keeper taken in as a learner");
         Ok(id)
     }
@@ -163,11 +201,14 @@ impl Node {
             return Err(Status::not_found(format!("there is no keeper {}", node_text(id))));
         };
         if !member.voter {
-            return self.change(ChangeMembers::RemoveNodes(BTreeSet::from([id])), false).await;
+            return self.change(ChangeMembers::RemoveNodes(BTreeSet::from([id]))).await;
         }
+        let voters = members.iter().filter(|member| member.voter).count();
         let left: Vec<&Member> = members.iter().filter(|member| member.voter && member.id != id).collect();
         let alive = left.iter().filter(|member| member.alive()).count();
-        if alive < left.len() / 2 + 1 {
+        // The change itself is decided by those that vote now, and those that will.
+        let deciding = alive + usize::from(member.alive());
+        if alive < left.len() / 2 + 1 || deciding < voters / 2 + 1 {
             let text = format!(
                 "without keeper {} there would be {} voters of which {alive} are alive: too few to decide anything",
                 node_text(id),
@@ -175,7 +216,7 @@ impl Node {
             );
             return Err(Status::failed_precondition(text));
         }
-        self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id])), false).await?;
+        self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id]))).await?;
         tracing::info!(node = node_text(id), address = member.address, "keeper taken out");
         Ok(())
     }
@@ -188,7 +229,7 @@ impl Node {
         };
         let Some(learner) = self.known_members().into_iter().find(ready) else { return Ok(()) };
         let _one_at_a_time = self.changing.lock().await;
-        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([learner.id])), true).await?;
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([learner.id]))).await?;
         tracing::info!(node = node_text(learner.id), address = learner.address, "keeper has a vote now");
         Ok(())
     }
@@ -201,7 +242,7 @@ impl Node {
         }
         let _one_at_a_time = self.changing.lock().await;
         let node = BTreeMap::from([(self.id(), BasicNode::new(address))]);
-        self.change(ChangeMembers::SetNodes(node), true).await
+        self.change(ChangeMembers::SetNodes(node)).await
     }
 
     /// Hands the lead to a node, or (0) to the voter that is furthest along; returns which.

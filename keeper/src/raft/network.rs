@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use carillon_proto::MAX_GRPC_MESSAGE_BYTES;
 use carillon_proto::v1;
 use carillon_proto::v1::keeper_peer_client::KeeperPeerClient;
 use futures::{Stream, StreamExt as _};
+use openraft::async_runtime::WatchReceiver as _;
 use openraft::base::{BoxFuture, BoxStream};
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{
@@ -19,7 +20,8 @@ use openraft::raft::{
     AppendEntriesRequest, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
-use openraft::{BasicNode, OptionalSend};
+use openraft::type_config::alias::WatchReceiverOf;
+use openraft::{BasicNode, Instant as _, OptionalSend, RaftMetrics};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -38,6 +40,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// Before a node that could not be reached is tried again.
 const BACKOFF: Duration = Duration::from_millis(100);
+/// Before a node that did not take a snapshot is sent it again: doubled with each time, up to 64 times this. To send one is
+/// to read the whole of it.
+const SNAPSHOT_BACKOFF: Duration = Duration::from_millis(100);
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Size of a part of a snapshot.
 const PART_BYTES: usize = 512 * 1024;
 /// Parts of a snapshot that may be under way.
@@ -71,44 +77,85 @@ impl Interceptor for Labels {
     }
 }
 
-/// Makes connections to other nodes, and keeps them: a channel an address.
+/// Makes connections to other nodes, and keeps those to members.
 #[derive(Clone)]
 pub(crate) struct Network {
     identity: Arc<Identity>,
-    channels: Arc<Mutex<HashMap<String, Channel>>>,
+    /// By member: its address, and the channel to it.
+    channels: Arc<Mutex<HashMap<u64, (String, Channel)>>>,
+    /// Of this node's consensus, once it runs.
+    metrics: Arc<OnceLock<WatchReceiverOf<TypeConfig, RaftMetrics<TypeConfig>>>>,
 }
 
 impl Network {
     pub(crate) fn new(identity: Arc<Identity>) -> Self {
-        Network { identity, channels: Arc::default() }
+        Network { identity, channels: Arc::default(), metrics: Arc::default() }
     }
 
-    /// A client for the node at an address; `node`: only that one. It connects when first used.
-    pub(crate) fn client(&self, address: &str, node: Option<u64>) -> Result<PeerClient, Status> {
-        let channel = self.channel(address)?;
+    /// From now on members are where consensus says that they are.
+    pub(crate) fn follow(&self, metrics: WatchReceiverOf<TypeConfig, RaftMetrics<TypeConfig>>) {
+        let _ = self.metrics.set(metrics);
+    }
+
+    /// Where a member is now.
+    fn address_of(&self, node: u64) -> Option<String> {
+        let metrics = self.metrics.get()?.borrow_watched();
+        metrics.membership_config.membership().get_node(&node).map(|node| node.addr.clone())
+    }
+
+    /// As the leader: has a majority been heard lately?
+    fn in_touch(&self) -> bool {
+        let Some(metrics) = self.metrics.get() else { return false };
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().voter_ids().count() == 1
+            || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < super::TOUCH)
+    }
+
+    /// A client for a member. It connects when first used.
+    pub(crate) fn member(&self, node: u64, address: &str) -> Result<PeerClient, Status> {
+        let mut channels = self.channels.lock();
+        let channel = match channels.get(&node) {
+            Some((known, channel)) if known == address => channel.clone(),
+            _ => {
+                let channel = channel(address)?;
+                if let Some(metrics) = self.metrics.get() {
+                    let metrics = metrics.borrow_watched();
+                    let members = metrics.membership_config.membership();
+                    channels.retain(|known, _| members.get_node(known).is_some());
+                }
+                channels.insert(node, (address.to_owned(), channel.clone()));
+                channel
+            }
+        };
+        drop(channels);
+        Ok(self.labelled(channel, Some(node)))
+    }
+
+    /// A client for whichever node is at an address.
+    pub(crate) fn stranger(&self, address: &str) -> Result<PeerClient, Status> {
+        Ok(self.labelled(channel(address)?, None))
+    }
+
+    fn labelled(&self, channel: Channel, node: Option<u64>) -> PeerClient {
         let node = node.and_then(|node| node_text(node).parse().ok());
         let labels = Labels { identity: self.identity.clone(), node };
-        Ok(KeeperPeerClient::with_interceptor(channel, labels)
+        KeeperPeerClient::with_interceptor(channel, labels)
             .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES))
+            .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES)
     }
+}
 
-    fn channel(&self, address: &str) -> Result<Channel, Status> {
-        let mut channels = self.channels.lock();
-        if let Some(channel) = channels.get(address) {
-            return Ok(channel.clone());
-        }
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|error| Status::invalid_argument(format!("{address:?} is not host:port: {error}")))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect_lazy();
-        channels.insert(address.to_owned(), channel.clone());
-        Ok(channel)
-    }
+fn channel(address: &str) -> Result<Channel, Status> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|error| Status::invalid_argument(format!("{address:?} is not host:port: {error}")))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        // A stream of appends must not keep heartbeats and votes from the connection that they share.
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true);
+    Ok(endpoint.connect_lazy())
 }
 
 /// A call that takes longer fails.
@@ -120,9 +167,12 @@ pub(crate) fn within<T>(limit: Duration, message: T) -> Request<T> {
 
 /// A connection to one other node.
 pub(crate) struct Peer {
-    client: Result<PeerClient, Status>,
+    network: Network,
     node: u64,
+    /// Where it was when this was made.
     address: String,
+    /// Tries in a row that a snapshot was not taken.
+    snapshots_failed: u32,
     /// Nothing is under way on it.
     idle: Option<Appending>,
 }
@@ -135,7 +185,8 @@ struct Appending {
 
 impl Peer {
     fn client(&self) -> Result<PeerClient, RPCError<TypeConfig>> {
-        self.client.clone().map_err(|status| self.failed(&status))
+        let address = self.network.address_of(self.node).unwrap_or_else(|| self.address.clone());
+        self.network.member(self.node, &address).map_err(|status| self.failed(&status))
     }
 
     /// openraft waits before it tries again what is unreachable, and not otherwise.
@@ -152,8 +203,13 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Peer;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
-        let client = self.client(&node.addr, Some(target));
-        Peer { client, node: target, address: node.addr.clone(), idle: None }
+        Peer {
+            network: self.clone(),
+            node: target,
+            address: node.addr.clone(),
+            snapshots_failed: 0,
+            idle: None,
+        }
     }
 }
 
@@ -196,9 +252,9 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin> Sending<'s,
                 }
                 return Some(self.answer().await);
             };
+            let in_touch = self.peer.network.in_touch();
             tokio::select! {
-                biased;
-                request = input.next() => match request.map(wire::append) {
+                request = input.next() => match request.map(|request| wire::append(request, in_touch)) {
                     Some(Ok(request)) => match self.stream.requests.send(request).await {
                         Ok(()) => self.pending += 1,
                         Err(_) => return Some((Err(self.lost("the stream has ended")), None)),
@@ -296,6 +352,10 @@ impl NetSnapshot<TypeConfig> for Peer {
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         use v1::raft_snapshot_part::Part;
+        if self.snapshots_failed > 0 {
+            tokio::time::sleep(SNAPSHOT_BACKOFF * 2_u32.pow(self.snapshots_failed.min(6))).await;
+        }
+        self.snapshots_failed += 1;
         let head = wire::snapshot_head(&vote, &snapshot.meta, snapshot.snapshot.len())
             .map_err(|error| StreamingError::Network(NetworkError::new(&error)))?;
         let (sender, receiver) = mpsc::channel(PARTS);
@@ -321,6 +381,7 @@ impl NetSnapshot<TypeConfig> for Peer {
                 let answer = answer.map_err(|status| StreamingError::from(self.failed(&status)))?;
                 let vote = wire::parse_vote(answer.into_inner().vote)
                     .map_err(|status| StreamingError::from(self.failed(&status)))?;
+                self.snapshots_failed = 0;
                 Ok(SnapshotResponse { vote })
             }
             closed = cancel => Err(StreamingError::Closed(closed)),

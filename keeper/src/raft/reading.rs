@@ -25,6 +25,17 @@ struct Waiting {
     busy: bool,
 }
 
+/// Should a round come to an unnatural end, the next reader begins another.
+struct Busy(Option<Readers>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        if let Some(readers) = &self.0 {
+            readers.waiting.lock().busy = false;
+        }
+    }
+}
+
 impl Node {
     /// Resolves when the state here holds all that was decided before the call.
     pub(crate) async fn linearize(&self) -> Result<(), Unavailable> {
@@ -37,16 +48,23 @@ impl Node {
         if begin {
             tokio::spawn(self.clone().rounds());
         }
-        receiver.await.unwrap_or_else(|_| Err(Unavailable::Failed("it has stopped".to_owned())))
+        // A round that was on its way may come first.
+        match timeout(PROPOSE_TIMEOUT, receiver).await {
+            Ok(outcome) => outcome.unwrap_or_else(|_| Err(Unavailable::Failed("it has stopped".to_owned()))),
+            Err(_) => Err(self.not_leader()),
+        }
     }
 
     /// Round after round, until nobody waits.
     async fn rounds(self) {
+        let mut busy = Busy(Some(self.readers.clone()));
         loop {
             let waiters = {
                 let mut waiting = self.readers.waiting.lock();
                 if waiting.waiters.is_empty() {
+                    // Under the lock: who comes now begins a task of its own.
                     waiting.busy = false;
+                    busy.0 = None;
                     return;
                 }
                 std::mem::take(&mut waiting.waiters)
@@ -84,14 +102,14 @@ impl Node {
                 // Its quorum is away at the moment.
                 Ok(Err(RaftError::APIError(_))) => Err(Unavailable::NotLeader { leader: None }),
                 Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Failed(error.to_string())),
-                Err(_) => Err(Unavailable::Timeout),
+                Err(_) => Err(self.not_leader()),
             };
         }
         let index = self.ask_read_index(left).await?;
         let left = deadline.saturating_duration_since(Instant::now());
         match timeout(left, self.applied_up_to(index)).await {
             Ok(outcome) => outcome,
-            Err(_) => Err(Unavailable::Timeout),
+            Err(_) => Err(self.not_leader()),
         }
     }
 
@@ -104,7 +122,7 @@ impl Node {
             }
             Ok(Err(RaftError::APIError(_))) => Err(Unavailable::NotLeader { leader: None }),
             Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Failed(error.to_string())),
-            Err(_) => Err(Unavailable::Timeout),
+            Err(_) => Err(self.not_leader()),
         }
     }
 

@@ -29,8 +29,8 @@ pub(crate) struct Storage {
 /// What is there, before it is used.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
-    /// Index of the last entry; None: nothing was ever written.
-    pub last_log: Option<u64>,
+    /// Term and index of the last entry; None: nothing was ever written.
+    pub last_log: Option<(u64, u64)>,
     /// Id and address of each member, as far as the node knew.
     pub members: Vec<(u64, String)>,
 }
@@ -70,8 +70,8 @@ impl Storage {
     pub(crate) async fn look(&mut self) -> Result<Found, StorageError> {
         let unreadable = |error: &dyn std::fmt::Display| StorageError::Unreadable(error.to_string());
         let state = self.log.get_log_state().await.map_err(|error| unreadable(&error))?;
-        let applied = *self.machine.applied().borrow();
-        let last_log = state.last_log_id.map(|id| id.index).max((applied > 0).then_some(applied));
+        let applied = self.machine.applied_id();
+        let last_log = state.last_log_id.max(applied).map(|id| (id.leader_id.term, id.index));
         let membership = StorageHelper::new(&mut self.log, &mut self.machine).get_membership().await;
         let membership = membership.map_err(|error| unreadable(&error))?;
         let nodes = membership.effective().membership().nodes();

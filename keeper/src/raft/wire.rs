@@ -42,18 +42,20 @@ pub(crate) fn parse_vote(vote: Option<v1::RaftVote>) -> Result<Vote, Status> {
 
 fn entry(entry: LogEntry) -> Result<v1::RaftEntry, serde_json::Error> {
     let payload = match entry.payload {
-        Payload::Blank => None,
-        Payload::Normal(Entry(content)) => Some(raft_entry::Payload::Entry(content)),
+        Payload::Blank => raft_entry::Payload::Blank(v1::RaftBlank {}),
+        Payload::Normal(Entry(content)) => raft_entry::Payload::Entry(content),
         Payload::Membership(membership) => {
-            Some(raft_entry::Payload::Membership(serde_json::to_vec(&membership)?.into()))
+            raft_entry::Payload::Membership(serde_json::to_vec(&membership)?.into())
         }
     };
-    Ok(v1::RaftEntry { id: Some(log_id(&entry.log_id)), payload })
+    Ok(v1::RaftEntry { id: Some(log_id(&entry.log_id)), payload: Some(payload) })
 }
 
 fn parse_entry(entry: v1::RaftEntry) -> Result<LogEntry, Status> {
     let payload = match entry.payload {
-        None => Payload::Blank,
+        // Of a newer version.
+        None => return Err(malformed("an entry of a kind that is not known")),
+        Some(raft_entry::Payload::Blank(_)) => Payload::Blank,
         Some(raft_entry::Payload::Entry(content)) => Payload::Normal(Entry(content)),
         Some(raft_entry::Payload::Membership(bytes)) => {
             Payload::Membership(serde_json::from_slice(&bytes).map_err(malformed)?)
@@ -62,8 +64,12 @@ fn parse_entry(entry: v1::RaftEntry) -> Result<LogEntry, Status> {
     Ok(LogEntry { log_id: parse_log_id(needed(entry.id, "the id of an entry")?), payload })
 }
 
-pub(crate) fn append(request: AppendEntriesRequest<TypeConfig>) -> Result<v1::RaftAppend, serde_json::Error> {
+pub(crate) fn append(
+    request: AppendEntriesRequest<TypeConfig>,
+    in_touch: bool,
+) -> Result<v1::RaftAppend, serde_json::Error> {
     Ok(v1::RaftAppend {
+        in_touch,
         vote: Some(vote(&request.vote)),
         previous: request.prev_log_id.as_ref().map(log_id),
         entries: request.entries.into_iter().map(entry).collect::<Result<_, _>>()?,
@@ -72,10 +78,22 @@ pub(crate) fn append(request: AppendEntriesRequest<TypeConfig>) -> Result<v1::Ra
 }
 
 pub(crate) fn parse_append(request: v1::RaftAppend) -> Result<AppendEntriesRequest<TypeConfig>, Status> {
+    let vote = parse_vote(request.vote)?;
+    if !vote.committed {
+        return Err(malformed("an append of a node that does not lead"));
+    }
+    let entries: Vec<LogEntry> = request.entries.into_iter().map(parse_entry).collect::<Result<_, _>>()?;
+    let first = entries.first().map(|entry| entry.log_id.index);
+    let expected = request.previous.as_ref().map_or(Some(0), |previous| previous.index.checked_add(1));
+    let follows =
+        entries.windows(2).all(|pair| pair[0].log_id.index.checked_add(1) == Some(pair[1].log_id.index));
+    if first.is_some() && (first != expected || !follows) {
+        return Err(malformed("entries that do not follow one another"));
+    }
     Ok(AppendEntriesRequest {
-        vote: parse_vote(request.vote)?,
+        vote,
         prev_log_id: request.previous.map(parse_log_id),
-        entries: request.entries.into_iter().map(parse_entry).collect::<Result<_, _>>()?,
+        entries,
         leader_commit: request.leader_commit.map(parse_log_id),
     })
 }
