@@ -63,6 +63,7 @@ pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Runnin
     options.cluster_id = args.cluster;
     options.advertise = args.advertise_grpc;
     options.peers = args.peers;
+    options.limits.snapshot_every = args.snapshot_every.unwrap_or(options.limits.snapshot_every);
     let keeper = start_keeper(options).await?;
     let keeper = SharedKeeper::new(keeper);
     let watched = keeper.clone();

@@ -34,6 +34,9 @@ pub struct Limits {
     pub lease_grace: Duration,
     /// A quiet watch is told this often how far it has come.
     pub progress_interval: Duration,
+    /// A snapshot is made after this many entries; so many are read again at most at a start. A fifth as many stay in the
+    /// log after a snapshot, for followers that are a little behind.
+    pub snapshot_every: u64,
 }
 
 impl Default for Limits {
@@ -47,6 +50,7 @@ impl Default for Limits {
             instance_ttl: Duration::from_secs(10),
             lease_grace: Duration::from_secs(3),
             progress_interval: Duration::from_secs(5),
+            snapshot_every: 5_000,
         }
     }
 }

@@ -169,7 +169,8 @@ impl Keeper {
             .map_err(|error| KeeperError::Node(error.to_string()))??;
         let storage = verified(&mut home, &options.data_dir, &options.peers, &advertise).await?;
         let home = Arc::new(home);
-        let (node, observer) = Node::start(home.identity().clone(), storage).await?;
+        let (node, observer) =
+            Node::start(home.identity().clone(), storage, options.limits.snapshot_every).await?;
         let core = Arc::new(Core {
             node,
             kinds: options.kinds,

@@ -35,10 +35,6 @@ use reading::Readers;
 pub(crate) use storage::{Found, Storage, StorageError};
 use types::{Entry, TypeConfig, leader_id};
 
-/// A snapshot is made after this many entries; so many are read again at most at a start.
-const SNAPSHOT_EVERY: u64 = 5_000;
-/// Entries that stay in the log after a snapshot, for followers that are a little behind.
-const KEEP_ENTRIES: u64 = 1_000;
 const HEARTBEAT_MS: u64 = 150;
 const ELECTION_MIN_MS: u64 = 1_000;
 const ELECTION_MAX_MS: u64 = 2_000;
@@ -67,6 +63,7 @@ pub(crate) enum Unavailable {
     /// It may have been decided, or may still be.
     #[error("whether it was decided is not known: {0}")]
     Unknown(String),
+    /// Nothing was done.
     #[error("the keeper has failed: {0}")]
     Failed(String),
 }
@@ -112,6 +109,7 @@ impl Node {
     pub(crate) async fn start(
         identity: Arc<Identity>,
         storage: Storage,
+        snapshot_every: u64,
     ) -> Result<(Node, JoinHandle<()>), NodeError> {
         let Storage { log, machine } = storage;
         let config = Config {
@@ -120,8 +118,8 @@ impl Node {
             election_timeout_min: ELECTION_MIN_MS,
             election_timeout_max: ELECTION_MAX_MS,
             install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
-            snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
-            max_in_snapshot_log_to_keep: KEEP_ENTRIES,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_every),
+            max_in_snapshot_log_to_keep: snapshot_every / 5,
             enable_pre_vote: Some(true),
             enable_leader_restore: Some(false),
             ..Config::default()
