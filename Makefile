@@ -2,14 +2,14 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help dev console build test fmt lint bench million soak burst clean
+.PHONY: help dev console build test fmt lint bench million soak burst keeper-torture clean
 
 CARGO ?= cargo
 # Everything that is fetched or built outside of target/ and node_modules/.
 export CARILLON_CACHE ?= $(HOME)/.cache/carillon
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 dev: console ## Build, start everything on this machine, and print what to do next (flags: make dev ARGS="--http 127.0.0.1:8081")
 	@$(CARGO) build --package carillon
@@ -53,6 +53,11 @@ soak: ## Hold 19,000 connections for MINUTES (60) with churn and traffic, and lo
 burst: ## Cut COUNT (30,000) devices over two gateways off at once, and measure how they come back (ARGS="--kept", --help)
 	@$(load-tools)
 	@exec target/release/burst --carillon $(or $(CARILLON),target/dist/carillon) --count $(or $(COUNT),30000) $(ARGS)
+
+keeper-torture: ## Break clusters of keepers for MINUTES (10) in every way, and check that they never contradict themselves (root)
+	@[ -n "$(CARILLON)" ] || $(CARGO) build --quiet --release --package carillon
+	@$(CARGO) build --quiet --release --package carillon-tests --bin keeper_torture
+	@CARILLON_BIN=$(or $(CARILLON),target/release/carillon) exec target/release/keeper_torture --minutes $(or $(MINUTES),10) $(ARGS)
 
 clean: ## Remove what was built (the data of `make dev` stays)
 	@$(CARGO) clean

@@ -7,10 +7,12 @@ pub mod certificates;
 pub mod cluster;
 pub mod device;
 pub mod fleet;
+pub mod keepers;
 pub mod mqtt;
 pub mod server;
 pub mod swarm;
 pub mod tools;
+pub mod torture;
 
 use std::fmt::Debug;
 use std::future::Future;
