@@ -28,6 +28,9 @@ const REMIND: Duration = Duration::from_secs(10);
 /// A node that was away asks the others for so long about itself; then it goes on with what it knows.
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// A node whose disk is damaged waits so long for the others to have a leader.
+const LEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// What has become of a node while it was away.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Standing {
@@ -73,6 +76,22 @@ pub(crate) async fn standing(
         // Nobody leads, or nobody is up yet: everything may be starting at once.
         if Instant::now() + PAUSE >= deadline {
             return Standing::AsBefore;
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Does the cluster go on without this node, which does not run? Only then is it certain that it can be replaced.
+pub(crate) async fn goes_on(network: &Network, cluster: &str, others: &[String]) -> bool {
+    let deadline = Instant::now() + LEADER_TIMEOUT;
+    loop {
+        let asked = others.iter().map(|address| identify(network, address, true));
+        let mut answers = futures::future::join_all(asked).await.into_iter().flatten();
+        if answers.any(|answer| answer.confirmed && answer.cluster_id == cluster) {
+            return true;
+        }
+        if Instant::now() + PAUSE >= deadline {
+            return false;
         }
         sleep(PAUSE).await;
     }

@@ -46,7 +46,7 @@ use crate::leases::Leases;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::raft::network::Network;
-use crate::raft::{Node, NodeError, Storage, StorageError};
+use crate::raft::{Found, Node, NodeError, Storage, StorageError};
 use crate::service::Service;
 
 /// A node that is alone must lead within this.
@@ -103,6 +103,15 @@ pub enum KeeperError {
     Node(String),
     #[error("keeper: {own} is not among the peers {peers}: name it as the others do (--advertise-grpc)")]
     NotAmongPeers { own: String, peers: String },
+    #[error(
+        "keeper: {damage}; it is alone, so that nobody has another copy: restore a snapshot, or the volume"
+    )]
+    Damaged { damage: String },
+    #[error(
+        "keeper: {damage}; it can start over as soon as the others have a leader, but none of {} says so",
+        others.join(", ")
+    )]
+    DamagedAndAlone { damage: String, others: Vec<String> },
     #[error("keeper: peer {peer} is of cluster {found}, not of {expected}")]
     OtherCluster { peer: String, found: String, expected: String },
     #[error("keeper: two document kinds are called {0}")]
@@ -232,8 +241,10 @@ async fn verified(
     peers: &[String],
     advertise: &str,
 ) -> Result<Storage, KeeperError> {
-    let mut storage = Storage::open(data_dir).await?;
-    let found = storage.look().await?;
+    let (storage, found) = match opened(data_dir).await {
+        Err(error) if error.is_damage() => return replaced(home, data_dir, peers, advertise, &error).await,
+        opened => opened?,
+    };
     let own = home.identity().node_id();
     let known = found.members.iter().filter(|(id, _)| *id != own).map(|(_, address)| address);
     let mut addresses: Vec<String> =
@@ -260,6 +271,44 @@ async fn verified(
         ),
     }
     storage.close();
+    home.start_over()?;
+    Ok(Storage::open(data_dir).await?)
+}
+
+async fn opened(data_dir: &std::path::Path) -> Result<(Storage, Found), StorageError> {
+    let mut storage = Storage::open(data_dir).await?;
+    match storage.look().await {
+        Ok(found) => Ok((storage, found)),
+        Err(error) => {
+            storage.close();
+            Err(error)
+        }
+    }
+}
+
+/// What is on disk is damaged. When the cluster goes on without this node, it starts over as another one, and gets all
+/// from the others; what it held is put aside.
+async fn replaced(
+    home: &mut Home,
+    data_dir: &std::path::Path,
+    peers: &[String],
+    advertise: &str,
+    damage: &StorageError,
+) -> Result<Storage, KeeperError> {
+    let others: Vec<String> = peers.iter().filter(|peer| *peer != advertise).cloned().collect();
+    let damage = damage.to_string();
+    let Some(cluster) = home.identity().cluster().filter(|_| !others.is_empty()) else {
+        return Err(KeeperError::Damaged { damage });
+    };
+    let network = Network::new(home.identity().clone());
+    if !joining::goes_on(&network, &cluster, &others).await {
+        return Err(KeeperError::DamagedAndAlone { damage, others });
+    }
+    tracing::error!(
+        node = node_text(home.identity().node_id()),
+        damage,
+        "this disk is damaged: the node starts over as a new one, from the others; what it held is kept in former/"
+    );
     home.start_over()?;
     Ok(Storage::open(data_dir).await?)
 }

@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 
 use raft_log::codeq::{Decode, Encode};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::types::{Entry, LogId, Payload, Vote, leader_id};
 
@@ -71,11 +72,18 @@ impl Decode for WalVote {
     }
 }
 
-const BLANK: u8 = 0;
-const NORMAL: u8 = 1;
-const MEMBERSHIP: u8 = 2;
+const BLANK: u8 = 16;
+const NORMAL: u8 = 17;
+const MEMBERSHIP: u8 = 18;
 
-/// A byte for the kind, a `u32` length, the bytes.
+/// Of kind and length. A record that ends after the file does is taken for one that a crash has cut off: a length that
+/// was damaged must not look like that, or what follows would be cut off as well.
+fn head_check(kind: u8, length: u32) -> u32 {
+    let [a, b, c, d] = length.to_be_bytes();
+    xxh3_64(&[kind, a, b, c, d]) as u32
+}
+
+/// A byte for the kind, a `u32` length, a checksum of both, the bytes. (The record as a whole has one too.)
 impl Encode for WalPayload {
     fn encode<W: Write>(&self, mut w: W) -> io::Result<usize> {
         let (kind, bytes) = match &self.0 {
@@ -85,7 +93,8 @@ impl Encode for WalPayload {
         };
         let length =
             u32::try_from(bytes.len()).map_err(|_| io::Error::other("an entry is larger than 4 GiB"))?;
-        let n = kind.encode(&mut w)? + length.encode(&mut w)?;
+        let mut n = kind.encode(&mut w)? + length.encode(&mut w)?;
+        n += head_check(kind, length).encode(&mut w)?;
         w.write_all(&bytes)?;
         Ok(n + bytes.len())
     }
@@ -95,13 +104,16 @@ impl Decode for WalPayload {
     fn decode<R: Read>(mut r: R) -> io::Result<Self> {
         let kind = u8::decode(&mut r)?;
         let length = u32::decode(&mut r)?;
+        let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
+        if u32::decode(&mut r)? != head_check(kind, length) {
+            return Err(invalid("the head of a log entry is damaged, or of another version".to_owned()));
+        }
         // Not allocated before it is there: a broken length must not ask for 4 GiB.
         let mut bytes = Vec::new();
         r.by_ref().take(u64::from(length)).read_to_end(&mut bytes)?;
         if bytes.len() < length as usize {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
         let payload = match kind {
             BLANK => Payload::Blank,
             NORMAL => Payload::Normal(Entry::from_bytes(&bytes).map_err(|error| invalid(error.to_string()))?),

@@ -20,6 +20,18 @@ pub(crate) enum StorageError {
     Unreadable(String),
 }
 
+impl StorageError {
+    /// Is what lies there not what was written? Then it stays so, whereas a disk may be full or away for a while.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            StorageError::Log { source, .. } | StorageError::Snapshot { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
+            }
+            StorageError::Unreadable(_) => true,
+        }
+    }
+}
+
 /// Log and state.
 pub(crate) struct Storage {
     pub(super) log: LogStore,
@@ -48,7 +60,10 @@ impl Storage {
         // A log that is damaged in a way that its reader does not expect makes it panic: an error here, not the end.
         match tokio::task::spawn_blocking(work).await {
             Ok(opened) => opened,
-            Err(error) => Err(StorageError::Log { path, source: io::Error::other(error.to_string()) }),
+            Err(error) => {
+                let source = io::Error::new(io::ErrorKind::InvalidData, error.to_string());
+                Err(StorageError::Log { path, source })
+            }
         }
     }
 

@@ -123,6 +123,35 @@ async fn a_torn_tail_is_cut_off_and_damage_before_it_is_refused() {
     assert!(!matches!(opened, Ok(Ok(()))), "a flipped bit in the middle of the log went unnoticed");
 }
 
+/// Not as a torn tail either: what is after it was acknowledged.
+#[tokio::test]
+async fn a_flipped_bit_anywhere_in_the_log_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let original = directory.path().join("original");
+    let mut log = LogStore::open(&original).unwrap();
+    log.save_vote(&Vote { leader_id: log_id(1, 0).leader_id, committed: true }).await.unwrap();
+    append(&mut log, (0..6).map(entry).collect()).await;
+    log.close();
+    let path = last_chunk(&original);
+    let whole = std::fs::read(&path).unwrap();
+    let mut unnoticed = Vec::new();
+    for at in 0..whole.len() {
+        for bit in [0, 3, 7] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << bit;
+            std::fs::write(&path, bytes).unwrap();
+            let original = original.clone();
+            let opened =
+                tokio::task::spawn_blocking(move || LogStore::open(&original).map(|log| log.close()));
+            if matches!(opened.await, Ok(Ok(()))) {
+                unnoticed.push((at, bit));
+            }
+            std::fs::write(&path, &whole).unwrap();
+        }
+    }
+    assert!(unnoticed.is_empty(), "of {} bytes: {unnoticed:?}", whole.len());
+}
+
 async fn get(node: &Node, key: &str) -> Option<String> {
     node.linearize().await.unwrap();
     node.state().get(key).map(|item| String::from_utf8(item.value.to_vec()).unwrap())
