@@ -10,6 +10,7 @@ use prost::Message;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::disk::Disk;
 use crate::leases::Leases;
 use crate::metrics::Metrics;
 use crate::raft::{Node, Unavailable};
@@ -34,6 +35,9 @@ pub struct Limits {
     pub lease_grace: Duration,
     /// A quiet watch is told this often how far it has come.
     pub progress_interval: Duration,
+    /// Below this much room on the disk, and the size of the store on top, nothing is put any more, until there is room
+    /// again. Bytes.
+    pub disk_reserve_bytes: u64,
     /// A snapshot is made after this many entries; so many are read again at most at a start. A fifth as many stay in the
     /// log after a snapshot, for followers that are a little behind.
     pub snapshot_every: u64,
@@ -50,6 +54,7 @@ impl Default for Limits {
             instance_ttl: Duration::from_secs(10),
             lease_grace: Duration::from_secs(3),
             progress_interval: Duration::from_secs(5),
+            disk_reserve_bytes: 64 * 1024 * 1024,
             snapshot_every: 5_000,
         }
     }
@@ -61,6 +66,7 @@ pub(crate) struct Core {
     pub kinds: Vec<DocumentKind>,
     pub limits: Limits,
     pub leases: Leases,
+    pub disk: Disk,
     pub metrics: Metrics,
     /// Publishing is one at a time here; across nodes the compares see to it.
     pub publishing: tokio::sync::Mutex<()>,
@@ -76,6 +82,7 @@ impl From<Unavailable> for Status {
             // It may still be decided.
             Unavailable::Timeout => Status::deadline_exceeded(error.to_string()),
             Unavailable::Unknown(_) => Status::unknown(error.to_string()),
+            Unavailable::Full(text) => Status::resource_exhausted(text),
         }
     }
 }
@@ -96,8 +103,9 @@ impl Core {
         Ok(answer.succeeded.then_some(answer.revision))
     }
 
-    /// Is there room for this much more?
+    /// Is there room for this much more, in the store and on the disk?
     pub(crate) fn check_quota(&self, more: usize) -> Result<(), Status> {
+        self.disk.check()?;
         let (used, quota) = (self.node.state().bytes(), self.limits.quota_bytes);
         if used + more > quota {
             let text =

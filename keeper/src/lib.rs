@@ -9,6 +9,7 @@ mod commands;
 mod configuration;
 mod core;
 mod discovery;
+mod disk;
 mod home;
 mod identity;
 mod joining;
@@ -38,6 +39,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::core::Core;
 pub use crate::core::Limits;
+use crate::disk::Disk;
 use crate::home::Home;
 pub use crate::home::HomeError;
 use crate::identity::node_text;
@@ -185,6 +187,7 @@ impl Keeper {
             kinds: options.kinds,
             limits: options.limits,
             leases: Leases::default(),
+            disk: Disk::new(options.data_dir),
             metrics: Metrics::new()?,
             publishing: tokio::sync::Mutex::new(()),
             saving: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_SAVED)),
@@ -200,6 +203,7 @@ impl Keeper {
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(leases::run(core.clone()));
+        tasks.spawn(disk::run(core.clone()));
         tasks.spawn(slots::run(core.clone()));
         tasks.spawn(commands::sweep(core.clone()));
         tasks.spawn(membership::steward(core.clone(), advertise.clone()));

@@ -135,6 +135,9 @@ impl KeeperPeer for Peers {
 
     async fn propose(&self, request: Request<v1::KeeperEntry>) -> Answer<v1::KeeperApplied> {
         let entry = self.check(request)?;
+        if crate::disk::puts(&entry) {
+            self.core.disk.check()?;
+        }
         let granted = crate::leases::grants(&entry);
         let applied = self.core.node.propose_here(entry).await.map_err(|error| match error {
             Unavailable::NotLeader { .. } => Status::aborted(error.to_string()),

@@ -66,6 +66,9 @@ pub(crate) enum Unavailable {
     /// Nothing was done.
     #[error("the keeper has failed: {0}")]
     Failed(String),
+    /// The leader has no room; nothing was done.
+    #[error("{0}")]
+    Full(String),
 }
 
 /// The term in which this node leads: what is proposed with it is refused when another term has begun.
@@ -318,6 +321,7 @@ impl Node {
             }
             match status.code() {
                 Code::DeadlineExceeded => Unavailable::Timeout,
+                Code::ResourceExhausted => Unavailable::Full(status.message().to_owned()),
                 _ => Unavailable::Unknown(status.message().to_owned()),
             }
         })
