@@ -155,7 +155,11 @@ fn channel(address: &str) -> Result<Channel, Status> {
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true);
-    Ok(endpoint.connect_lazy())
+    #[cfg(not(test))]
+    let channel = endpoint.connect_lazy();
+    #[cfg(test)]
+    let channel = crate::simulation::connect_lazy(&endpoint);
+    Ok(channel)
 }
 
 /// A call that takes longer fails.
@@ -223,7 +227,12 @@ impl Peer {
         let mut client = self.client()?;
         match tokio::time::timeout(limit, client.append(ReceiverStream::new(receiver))).await {
             Ok(Ok(answers)) => Ok(Appending { requests, answers: answers.into_inner() }),
-            Ok(Err(status)) => Err(self.failed(&status)),
+            Ok(Err(status)) => {
+                // openraft waits only once it is asked for a request, and it was not: a connection that is refused
+                // would be tried again at once, for ever.
+                tokio::time::sleep(BACKOFF).await;
+                Err(self.failed(&status))
+            }
             Err(_) => Err(self.failed(&Status::unavailable("it does not answer"))),
         }
     }
