@@ -5,6 +5,7 @@
 //! it. What decides ([`state`], [`slots`]) is pure; what consensus is made of stays in
 //! [`raft`].
 
+mod blocking;
 mod commands;
 mod configuration;
 mod core;
@@ -19,6 +20,8 @@ pub mod metrics;
 mod peers;
 mod raft;
 mod service;
+#[cfg(test)]
+mod simulation;
 mod slots;
 pub mod snapshot;
 mod state;
@@ -32,10 +35,12 @@ use carillon_agent::document::DocumentKind;
 use carillon_proto::MAX_GRPC_MESSAGE_BYTES;
 use carillon_proto::v1::keeper_peer_server::KeeperPeerServer;
 use carillon_proto::v1::keeper_server::KeeperServer;
+use futures::Stream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::{Connected, TcpIncoming};
 
 use crate::core::Core;
 pub use crate::core::Limits;
@@ -61,11 +66,11 @@ const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a keeper needs.
-pub struct KeeperOptions {
+pub struct KeeperOptions<L = TcpListener> {
     /// Its own directory: log, snapshots, identity. Created when missing; a foreign one is refused.
     pub data_dir: PathBuf,
     /// Bound already, so that the caller knows the address, and that a port in use is the caller's error.
-    pub listener: TcpListener,
+    pub listener: L,
     /// The kinds of document that exist.
     pub kinds: Vec<DocumentKind>,
     /// Refuse a data directory of another cluster; None: any, and a new one gets a random id.
@@ -164,18 +169,40 @@ pub struct Keeper;
 impl Keeper {
     /// Recovers what is on disk, serves, and returns when it leads: what was decided before can be read.
     pub async fn start(options: KeeperOptions) -> Result<KeeperHandle, KeeperError> {
+        let addr = options.listener.local_addr().map_err(KeeperError::Listener)?;
+        let KeeperOptions { data_dir, listener, kinds, cluster_id, advertise, peers, registry, limits } =
+            options;
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let options = KeeperOptions {
+            data_dir,
+            listener: incoming,
+            kinds,
+            cluster_id,
+            advertise,
+            peers,
+            registry,
+            limits,
+        };
+        Keeper::start_on(options, addr).await
+    }
+
+    /// The same on connections that come from wherever.
+    async fn start_on<I, IO>(options: KeeperOptions<I>, addr: SocketAddr) -> Result<KeeperHandle, KeeperError>
+    where
+        I: Stream<Item = std::io::Result<IO>> + Send + 'static,
+        IO: AsyncRead + AsyncWrite + Connected<ConnectInfo: Clone + Send + Sync> + Unpin + Send + 'static,
+    {
         for (i, kind) in options.kinds.iter().enumerate() {
             if options.kinds[..i].iter().any(|other| other.kind == kind.kind) {
                 return Err(KeeperError::DuplicateKind(kind.kind));
             }
         }
-        let addr = options.listener.local_addr().map_err(KeeperError::Listener)?;
         let advertise = options.advertise.unwrap_or_else(|| addr.to_string());
         if !options.peers.is_empty() && !options.peers.contains(&advertise) {
             return Err(KeeperError::NotAmongPeers { own: advertise, peers: options.peers.join(", ") });
         }
         let (path, expected) = (options.data_dir.clone(), options.cluster_id.clone());
-        let mut home = tokio::task::spawn_blocking(move || Home::open(&path, expected.as_deref()))
+        let mut home = crate::blocking::run(move || Home::open(&path, expected.as_deref()))
             .await
             .map_err(|error| KeeperError::Node(error.to_string()))??;
         let storage = verified(&mut home, &options.data_dir, &options.peers, &advertise).await?;
@@ -317,18 +344,21 @@ async fn replaced(
     Ok(Storage::open(data_dir).await?)
 }
 
-fn serve(
+fn serve<I, IO>(
     core: Arc<Core>,
     home: &Arc<Home>,
-    listener: TcpListener,
-) -> impl Future<Output = ()> + Send + use<> {
+    incoming: I,
+) -> impl Future<Output = ()> + Send + use<I, IO>
+where
+    I: Stream<Item = std::io::Result<IO>> + Send + 'static,
+    IO: AsyncRead + AsyncWrite + Connected<ConnectInfo: Clone + Send + Sync> + Unpin + Send + 'static,
+{
     let service = KeeperServer::new(Service::new(core.clone()))
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
     let peers = KeeperPeerServer::new(Peers::new(core.clone(), home))
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))

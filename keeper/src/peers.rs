@@ -212,7 +212,7 @@ impl KeeperPeer for Peers {
             return Err(malformed("a cluster without an id"));
         }
         let home = self.home.upgrade().ok_or_else(|| Status::unavailable("the keeper is stopping"))?;
-        let settled = tokio::task::spawn_blocking(move || home.settle(&request.cluster_id)).await;
+        let settled = crate::blocking::run(move || home.settle(&request.cluster_id)).await;
         match settled {
             Ok(Ok(())) => Ok(Response::new(v1::AdoptResponse {})),
             Ok(Err(error)) => Err(Status::failed_precondition(error.to_string())),

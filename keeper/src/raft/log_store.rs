@@ -82,6 +82,14 @@ impl LogStore {
         drop(self.log.lock().take());
     }
 
+    /// In a simulation time must stand still until it is on disk: the log's own thread knows nothing of simulated time.
+    #[cfg(test)]
+    fn flush_at_once(log: &mut RaftLog<WalTypes>) -> io::Result<()> {
+        let (sender, receiver) = oneshot::channel();
+        log.flush(true, Some(Flushed::Waiter(sender)))?;
+        futures::executor::block_on(receiver).map_err(io::Error::other)?
+    }
+
     fn opened(&self) -> io::Result<Opened<'_>> {
         MutexGuard::try_map(self.log.lock(), Option::as_mut)
             .map_err(|_| io::Error::other("the log is closed"))
@@ -153,6 +161,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         {
             let mut log = self.opened()?;
             log.save_vote(WalVote(*vote))?;
+            #[cfg(test)]
+            if turmoil::in_simulation() {
+                return LogStore::flush_at_once(&mut log);
+            }
             log.flush(true, Some(Flushed::Waiter(sender)))?;
         }
         receiver.await.map_err(|_| io::Error::other("the log's writer has ended"))?
@@ -177,6 +189,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     {
         let mut log = self.opened()?;
         log.append(entries.into_iter().map(|entry| (WalLogId(entry.log_id), WalPayload(entry.payload))))?;
+        #[cfg(test)]
+        if turmoil::in_simulation() {
+            callback.io_completed(LogStore::flush_at_once(&mut log));
+            return Ok(());
+        }
         log.flush(true, Some(Flushed::Raft(callback)))
     }
 

@@ -234,7 +234,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
             );
             Ok(Snapshot { meta, snapshot: body })
         };
-        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+        crate::blocking::run(work).await.map_err(io::Error::other)?
     }
 }
 
@@ -294,7 +294,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             machine.inner.revision.send_replace(revision);
             Ok(())
         };
-        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+        crate::blocking::run(work).await.map_err(io::Error::other)?
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
@@ -305,6 +305,6 @@ impl RaftStateMachine<TypeConfig> for Machine {
             let body = read_snapshot(&machine.inner.directory)?;
             Ok(body.map(|snapshot| Snapshot { meta, snapshot }))
         };
-        tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+        crate::blocking::run(work).await.map_err(io::Error::other)?
     }
 }

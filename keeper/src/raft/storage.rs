@@ -58,7 +58,7 @@ impl Storage {
             Ok(Storage { log, machine })
         };
         // A log that is damaged in a way that its reader does not expect makes it panic: an error here, not the end.
-        match tokio::task::spawn_blocking(work).await {
+        match crate::blocking::run(work).await {
             Ok(opened) => opened,
             Err(error) => {
                 let source = io::Error::new(io::ErrorKind::InvalidData, error.to_string());
