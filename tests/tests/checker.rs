@@ -87,8 +87,7 @@ fn random_history(random: &mut StdRng, wrong: bool) -> Vec<Operation> {
     // Clients whose call goes on: when each is carried out and returns is drawn as time goes by.
     let mut open: Vec<(usize, Action, u64, bool)> = Vec::new();
     let mut now = 0;
-    let mut next_client = 0;
-    for value in 1..=9 {
+    for (client, value) in (1..=9).enumerate() {
         now += 10;
         let action = match random.random_range(0..4) {
             0 => Action::Write(Some(value)),
@@ -96,8 +95,7 @@ fn random_history(random: &mut StdRng, wrong: bool) -> Vec<Operation> {
             2 if random.random_range(0..4) == 0 => Action::Write(None),
             _ => Action::Read(None),
         };
-        open.push((next_client, action, now, false));
-        next_client += 1;
+        open.push((client, action, now, false));
         while open.len() > random.random_range(0..4) {
             now += 10;
             let at = random.random_range(0..open.len());
