@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use carillon_agent::admin::Admin;
 use carillon_agent::app::App;
 use carillon_agent::document::DocumentKind;
 use carillon_agent::revoked::Revoked;
@@ -28,6 +27,9 @@ use crate::{commands, console, listeners, ops, roles};
 
 /// How long a hub waits at its start for the keeper to name the cluster, before it says so in the log.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Name of the file in the data directory from which a process starts while no keeper can be reached.
+const AGENT_CACHE: &str = "agent-cache";
 
 /// Every kind of document that there is.
 fn document_kinds() -> Vec<DocumentKind> {
@@ -77,8 +79,8 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let process = Process::open(&args.process, "hub").await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for other processes").await?;
     let http = listen(args.http, "--http", "the API and the console").await?;
-    let agent = Agent::start(carillon_agent::Options { keepers: args.keeper.clone() });
-    let cluster = cluster_of(&args.keeper).await;
+    let agent = process.agent(args.keeper);
+    let cluster = cluster_of(&agent).await;
     let mut advertise = BTreeMap::new();
     advertise.extend(args.advertise_grpc.map(|address| ("grpc".to_owned(), address)));
     let hub = Hub::start(
@@ -108,7 +110,7 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
 /// `carillon gateway`.
 pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let process = Process::open(&args.process, "gateway").await?;
-    let agent = Agent::start(carillon_agent::Options { keepers: args.keeper });
+    let agent = process.agent(args.keeper);
     let mut listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
     for listener in &mut listeners {
         listener.advertise = match listener.protocol {
@@ -153,21 +155,19 @@ fn carry_out_commands(agent: &Agent, logs: LogHandle, mover: Option<Mover>) -> J
     tokio::spawn(async move { commands::serve(&agent, logs, mover).await })
 }
 
-/// The cluster's id, which only the keeper knows; waits for it as long as it takes.
-async fn cluster_of(keepers: &[String]) -> String {
-    let admin = Admin::new(keepers.to_vec());
-    let mut said = false;
-    let began = tokio::time::Instant::now();
-    loop {
-        match admin.status().await {
-            Ok(status) => return status.cluster_id,
-            Err(error) if !said && began.elapsed() > KEEPER_PATIENCE => {
-                tracing::warn!(%error, "waiting for the keeper");
-                said = true;
-            }
-            Err(_) => {}
+/// The cluster's id, which only the keeper knows, or the last state that it told; waits for it as long as it takes.
+async fn cluster_of(agent: &Agent) -> String {
+    let known = async {
+        agent.ready().await;
+        agent.cluster_id().unwrap_or_default()
+    };
+    tokio::pin!(known);
+    match tokio::time::timeout(KEEPER_PATIENCE, &mut known).await {
+        Ok(cluster) => cluster,
+        Err(_) => {
+            tracing::warn!("waiting for the keeper");
+            known.await
         }
-        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
@@ -185,6 +185,12 @@ impl Process {
         let metrics = prometheus::Registry::new();
         ops::register_process(&metrics, command)?;
         Ok(Process { data_dir, ops, metrics })
+    }
+
+    /// The agent, with a cache in the data directory.
+    fn agent(&self, keepers: Vec<String>) -> Agent {
+        let cache = self.data_dir.path().join(AGENT_CACHE);
+        Agent::start(carillon_agent::Options::new(keepers).with_cache(cache, self.data_dir.instance("")))
     }
 
     /// Serves its metrics and health; the parts are added by the caller.

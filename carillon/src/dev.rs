@@ -49,7 +49,7 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let mut keeper = cluster::keeper_options(&data_dir, keeper_grpc, &metrics);
     keeper.cluster_id = Some(data_dir.cluster().to_owned());
     let keeper = cluster::start_keeper(keeper).await?;
-    let agent = Agent::start(carillon_agent::Options { keepers: vec![keeper_url.clone()] });
+    let agent = Agent::start(carillon_agent::Options::new(vec![keeper_url.clone()]));
     let api_key = demo_app(&Admin::new(vec![keeper_url.clone()]), data_dir.first_api_key()).await?;
 
     let hub_roles: Vec<Role> = Role::ALL.into_iter().filter(|&role| role != Role::Gateway).collect();

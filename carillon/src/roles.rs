@@ -27,8 +27,9 @@ pub static NEEDS: [Needs; 6] = [
 /// Why these roles cannot do their work at present, as sentences for people; empty when they can.
 pub fn unmet(roles: &[Role], agent: &Agent) -> Vec<String> {
     let mut reasons = Vec::new();
-    if !*agent.connected().borrow() {
-        reasons.push("the keeper does not answer".to_owned());
+    // One that goes away is no reason: the last known stays in force, and this process serves by it.
+    if !agent.is_ready() {
+        reasons.push("no keeper has answered yet, and nothing is known from a former start".to_owned());
     }
     let needs: Vec<&Needs> = NEEDS.iter().filter(|needs| roles.contains(&needs.role)).collect();
     let needed: BTreeSet<Role> = needs.iter().flat_map(|needs| needs.roles.iter().copied()).collect();

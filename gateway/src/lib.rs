@@ -162,6 +162,11 @@ impl Gateway {
             labels: std::collections::BTreeMap::new(),
             draining: false,
         };
+        let busy = shared.clone();
+        agent.measure(&instance.id, move || {
+            let connections = busy.connections.load(std::sync::atomic::Ordering::Relaxed) as f64;
+            std::collections::BTreeMap::from([("connections".to_owned(), connections)])
+        });
         let registration = Arc::new(Registration::new(agent.clone(), instance));
         let gateway_configs = agent.config::<GatewayConfig>();
         tokio::spawn(listeners.follow(agent.clone(), gateway_configs, registration.clone(), stop.clone()));

@@ -1,5 +1,7 @@
 //! Who is there: instances under leases.
 
+use std::collections::HashMap;
+
 use carillon_agent::keys;
 use carillon_proto::{now_ms, v1};
 use prost::Message as _;
@@ -18,8 +20,14 @@ const MAX_INSTANCE_BYTES: usize = 16 * 1024;
 const ATTEMPTS: usize = 8;
 /// What only the leader can answer is given up after this.
 const FORWARD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+/// … and what a listing can do without, after this.
+const LOADS_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(1);
 /// Most documents that one report tells of.
 const MAX_REPORTS: usize = 256;
+/// Most numbers in a report of load …
+const MAX_LOADS: usize = 32;
+/// … and the longest name of one, bytes.
+const MAX_LOAD_NAME_BYTES: usize = 64;
 
 fn check_ttl(ttl_ms: u64) -> Result<(), Status> {
     if TTL_MS.contains(&ttl_ms) {
@@ -30,6 +38,20 @@ fn check_ttl(ttl_ms: u64) -> Result<(), Status> {
         TTL_MS.start(),
         TTL_MS.end()
     )))
+}
+
+fn check_load(load: &HashMap<String, f64>) -> Result<(), Status> {
+    if load.len() > MAX_LOADS {
+        let text = format!("the load has {} numbers, at most {MAX_LOADS} are allowed", load.len());
+        return Err(Status::invalid_argument(text));
+    }
+    match load.keys().find(|name| name.len() > MAX_LOAD_NAME_BYTES) {
+        Some(name) => Err(Status::invalid_argument(format!(
+            "the name of a load has {} bytes, at most {MAX_LOAD_NAME_BYTES} are allowed",
+            name.len()
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn new_lease() -> u64 {
@@ -49,17 +71,22 @@ impl Core {
     pub(crate) async fn grant_lease(&self, ttl_ms: u64) -> Result<v1::LeaseGrantResponse, Status> {
         check_ttl(ttl_ms)?;
         let lease = new_lease();
-        self.write(v1::TxnRequest { then: vec![grant(lease, ttl_ms)], ..Default::default() }).await?;
+        let request = v1::TxnRequest { then: vec![grant(lease, ttl_ms)], ..Default::default() };
+        let token = self.write(request).await?.unwrap_or(0);
         self.leases.granted(lease, ttl_ms, Instant::now());
-        Ok(v1::LeaseGrantResponse { lease, ttl_ms })
+        Ok(v1::LeaseGrantResponse { lease, ttl_ms, token })
     }
 
     /// Only the leader can tell: its clock is what counts.
-    pub(crate) async fn keep_alive(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
+    pub(crate) async fn keep_alive(
+        &self,
+        request: v1::LeaseKeepAliveRequest,
+    ) -> Result<v1::LeaseKeepAliveResponse, Status> {
+        check_load(&request.load)?;
         if self.node.leads() {
-            return self.keep_alive_here(lease);
+            return self.keep_alive_here(request);
         }
-        let request = within(FORWARD_TIMEOUT, v1::LeaseKeepAliveRequest { lease });
+        let request = within(FORWARD_TIMEOUT, request);
         let answer = self.node.leader_client()?.keep_alive(request).await;
         answer.map(tonic::Response::into_inner).map_err(|status| match status.code() {
             Code::NotFound => status,
@@ -67,13 +94,20 @@ impl Core {
         })
     }
 
-    pub(crate) fn keep_alive_here(&self, lease: u64) -> Result<v1::LeaseKeepAliveResponse, Status> {
+    pub(crate) fn keep_alive_here(
+        &self,
+        request: v1::LeaseKeepAliveRequest,
+    ) -> Result<v1::LeaseKeepAliveResponse, Status> {
+        check_load(&request.load)?;
+        let lease = request.lease;
         // Another may lead by now, and end the lease: it gives every lease its whole time from when it began.
         if !self.node.leads() || !self.node.has_majority() {
             return Err(Status::unavailable("this keeper is not the leader"));
         }
         let ttl_ms = self.node.state().lease_ttl_ms(lease).ok_or_else(|| lease_gone(lease))?;
-        if self.leases.renew(lease, ttl_ms, Instant::now()) {
+        let now = Instant::now();
+        if self.leases.renew(lease, ttl_ms, now) {
+            self.leases.report(lease, request.load, now);
             return Ok(v1::LeaseKeepAliveResponse { ttl_ms });
         }
         if self.leases.leads() {
@@ -132,13 +166,17 @@ impl Core {
                 then.push(revoke(present_lease));
             }
             let compare = vec![compare_mod_revision(&key, mod_revision)];
-            if self.write(v1::TxnRequest { compare, then, otherwise: Vec::new() }).await?.is_some() {
+            let present_token = self.node.state().lease_token(lease);
+            if let Some(revision) =
+                self.write(v1::TxnRequest { compare, then, otherwise: Vec::new() }).await?
+            {
+                let token = if same { present_token } else { revision };
                 self.leases.granted(lease, ttl_ms, Instant::now());
                 if !same {
                     let (id, incarnation) = (&instance.id, instance.incarnation);
                     tracing::info!(instance = id, incarnation, replaced = before, "instance registered");
                 }
-                return Ok(v1::RegisterResponse { lease, ttl_ms });
+                return Ok(v1::RegisterResponse { lease, ttl_ms, token });
             }
         }
         Err(Status::aborted(format!(
@@ -163,7 +201,22 @@ impl Core {
             Some((revision, value)) => (revision, Some(decode(keys::SLOTS, value)?)),
             None => (0, None),
         };
-        Ok(v1::ListInstancesResponse { instances, slots, slots_revision })
+        // The list is of use without.
+        let loads = self.loads().await.unwrap_or_default();
+        Ok(v1::ListInstancesResponse { instances, slots, slots_revision, loads })
+    }
+
+    /// What the instances have said of their load; the leader knows.
+    async fn loads(&self) -> Result<Vec<v1::InstanceLoad>, Status> {
+        if self.node.leads() {
+            return Ok(self.loads_here());
+        }
+        let request = within(LOADS_TIMEOUT, v1::LoadsRequest {});
+        Ok(self.node.leader_client()?.loads(request).await?.into_inner().loads)
+    }
+
+    pub(crate) fn loads_here(&self) -> Vec<v1::InstanceLoad> {
+        self.leases.loads(&self.node.state(), Instant::now())
     }
 
     pub(crate) async fn report_config(&self, request: v1::ReportConfigRequest) -> Result<(), Status> {

@@ -1,9 +1,11 @@
-//! When leases end: deadlines that only the leader knows, and the task that turns those that pass into log entries.
+//! When leases end: deadlines that only the leader knows, and the task that turns those that pass into log entries. And
+//! what the holders say of their load, which comes with the keep-alives and is in the leader's memory alone.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use carillon_agent::keys;
 use carillon_proto::v1;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -24,7 +26,15 @@ const STALL: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
     deadlines: Mutex<Option<HashMap<u64, Instant>>>,
+    loads: Mutex<HashMap<u64, Load>>,
     granted: Notify,
+}
+
+/// How busy the holder of a lease is, by its own words.
+#[derive(Debug)]
+struct Load {
+    numbers: HashMap<String, f64>,
+    since: Instant,
 }
 
 /// The leases that an entry grants, and their times to live.
@@ -48,6 +58,30 @@ impl Leases {
 
     fn end(&self) {
         *self.deadlines.lock() = None;
+        self.loads.lock().clear();
+    }
+
+    /// The holder of a lease that is alive says how busy it is; nothing said leaves it as it was.
+    pub(crate) fn report(&self, lease: u64, numbers: HashMap<String, f64>, now: Instant) {
+        if !numbers.is_empty() {
+            self.loads.lock().insert(lease, Load { numbers, since: now });
+        }
+    }
+
+    /// What was reported of instances, and is not of a lease that has ended.
+    pub(crate) fn loads(&self, state: &State, now: Instant) -> Vec<v1::InstanceLoad> {
+        let loads = self.loads.lock();
+        let instances = state.prefix(keys::INSTANCES).filter_map(|(key, item)| {
+            let load = loads.get(&item.lease)?;
+            Some(v1::InstanceLoad {
+                lease: item.lease,
+                instance: key.strip_prefix(keys::INSTANCES).unwrap_or(key).to_owned(),
+                load: load.numbers.clone(),
+                age_ms: u64::try_from(now.saturating_duration_since(load.since).as_millis())
+                    .unwrap_or(u64::MAX),
+            })
+        });
+        instances.collect()
     }
 
     /// Is this node the one that knows the deadlines?
@@ -91,6 +125,7 @@ impl Leases {
                 deadlines.entry(lease).or_insert(now + Duration::from_millis(ttl_ms));
             }
         }
+        self.loads.lock().retain(|&lease, _| state.lease_ttl_ms(lease).is_some());
     }
 
     /// Takes out those that are over. From here on a keep-alive finds them gone.

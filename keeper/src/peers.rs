@@ -158,7 +158,15 @@ impl KeeperPeer for Peers {
         request: Request<v1::LeaseKeepAliveRequest>,
     ) -> Answer<v1::LeaseKeepAliveResponse> {
         let request = self.check(request)?;
-        self.core.keep_alive_here(request.lease).map(Response::new)
+        self.core.keep_alive_here(request).map(Response::new)
+    }
+
+    async fn loads(&self, request: Request<v1::LoadsRequest>) -> Answer<v1::LoadsResponse> {
+        self.check(request)?;
+        if !self.core.node.leads() {
+            return Err(Status::unavailable("this keeper is not the leader"));
+        }
+        Ok(Response::new(v1::LoadsResponse { loads: self.core.loads_here() }))
     }
 
     async fn join(&self, request: Request<v1::JoinRequest>) -> Answer<v1::JoinResponse> {

@@ -193,7 +193,7 @@ impl Keeper for Service {
         request: Request<v1::LeaseKeepAliveRequest>,
     ) -> Answer<v1::LeaseKeepAliveResponse> {
         self.count("lease_keep_alive");
-        self.core.keep_alive(request.into_inner().lease).await.map(Response::new)
+        self.core.keep_alive(request.into_inner()).await.map(Response::new)
     }
 
     async fn lease_revoke(

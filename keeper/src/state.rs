@@ -44,6 +44,8 @@ impl Item {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Lease {
     ttl_ms: u64,
+    /// The revision at which it was granted: its fencing token.
+    granted: u64,
     keys: BTreeSet<String>,
 }
 
@@ -126,6 +128,11 @@ impl State {
         self.leases.get(&lease).map(|lease| lease.ttl_ms)
     }
 
+    /// A lease's fencing token; 0 when it is not alive.
+    pub(crate) fn lease_token(&self, lease: u64) -> u64 {
+        self.leases.get(&lease).map_or(0, |lease| lease.granted)
+    }
+
     pub(crate) fn lease_count(&self) -> usize {
         self.leases.len()
     }
@@ -154,10 +161,11 @@ impl State {
                 }
                 Some(op::Op::GrantLease(grant)) => {
                     leases_changed = true;
-                    let lease = self
-                        .leases
-                        .entry(grant.lease)
-                        .or_insert_with(|| Lease { ttl_ms: 0, keys: BTreeSet::new() });
+                    let lease = self.leases.entry(grant.lease).or_insert_with(|| Lease {
+                        ttl_ms: 0,
+                        granted: revision,
+                        keys: BTreeSet::new(),
+                    });
                     lease.ttl_ms = grant.ttl_ms;
                 }
                 Some(op::Op::RevokeLeases(revoke)) => {

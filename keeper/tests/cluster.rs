@@ -1,10 +1,13 @@
 //! Several keepers as one: how a cluster comes about, who may belong to it, and that any node can be asked anything.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use carillon_agent::admin::{Admin, ChangeOptions};
 use carillon_agent::document::DocumentKind;
 use carillon_agent::revoked::Revoked;
+use carillon_agent::{Agent, Instance, Options};
 use carillon_keeper::{Keeper, KeeperHandle, KeeperOptions};
 use carillon_proto::v1;
 use carillon_proto::v1::keeper_client::KeeperClient;
@@ -179,7 +182,7 @@ async fn any_node_takes_writes_and_every_node_reads_them_at_once() {
     for place in [0, 1, 2, 0, 1, 2] {
         tokio::time::sleep(Duration::from_millis(600)).await;
         let mut client = cluster.client(place).await;
-        client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease }).await.unwrap();
+        client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease, ..Default::default() }).await.unwrap();
     }
     let clusters: Vec<String> = (0..3).map(|place| cluster.keeper(place).status().cluster_id).collect();
     assert!(clusters.iter().all(|id| !id.is_empty() && *id == clusters[0]), "{clusters:?}");
@@ -466,5 +469,52 @@ async fn members_come_and_go_and_the_lead_moves() {
     let unknown = v1::MemberRemoveRequest { node_id: 5 };
     let refused = cluster.client(leader).await.member_remove(unknown).await.unwrap_err();
     assert_eq!(refused.message(), "there is no keeper 0000000000000005");
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_and_tools_follow_the_cluster_when_the_keeper_they_were_told_is_gone() {
+    let mut cluster = Cluster::of(3).await;
+    let told = vec![format!("http://{}", cluster.nodes[0].address)];
+    let agent = Agent::start(Options::new(told.clone()));
+    let admin = Admin::new(told);
+    tokio::time::timeout(PATIENCE, agent.ready()).await.unwrap();
+    agent.measure("hub-0", || BTreeMap::from([("connections".to_owned(), 5.0)]));
+    agent.register(Instance { incarnation: 1, ..Instance::new("hub-0") });
+    // Load is in the leader's memory, and told by every node.
+    for place in 0..3 {
+        let one = Admin::new(vec![format!("http://{}", cluster.nodes[place].address)]);
+        let begun = Instant::now();
+        loop {
+            let live = one.live().await.unwrap();
+            if live.first().is_some_and(|live| live.load.get("connections") == Some(&5.0)) {
+                break;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no load at node {place}: {live:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    assert_eq!(admin.status().await.unwrap().node_id, cluster.id(0));
+    // What both learn of the members they learn in the background.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    let mut revoked = agent.configs::<Revoked>();
+    cluster.stop(0).await;
+    let begun = Instant::now();
+    loop {
+        let change = admin.publish("revoked/demo", "{}", ChangeOptions::default()).await;
+        match change {
+            Ok(_) => break,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    tokio::time::timeout(PATIENCE, revoked.wait_for(|all| all.contains_key("demo"))).await.unwrap().unwrap();
+    let begun = Instant::now();
+    while admin.live().await.unwrap().first().is_none_or(|live| live.load.is_empty()) {
+        assert!(begun.elapsed() < PATIENCE, "it is not kept alive by another, with its load");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    agent.stop().await;
     cluster.stop_all().await;
 }

@@ -235,7 +235,10 @@ async fn leases_end_when_nobody_keeps_them_alive() {
     let begun = Instant::now();
     let mut gone = 0;
     while gone < 8 {
-        client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease: leases[0] }).await.unwrap();
+        client
+            .lease_keep_alive(v1::LeaseKeepAliveRequest { lease: leases[0], ..Default::default() })
+            .await
+            .unwrap();
         if let Ok(message) = tokio::time::timeout(Duration::from_millis(100), stream.message()).await {
             let message = message.unwrap().unwrap();
             assert!(message.events.iter().all(|event| event.deleted));
@@ -244,7 +247,10 @@ async fn leases_end_when_nobody_keeps_them_alive() {
         assert!(begun.elapsed() < Duration::from_secs(15), "{gone} of 8 leases have ended");
     }
     assert!(read(&mut client, "held/0").await.is_some());
-    let late = client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease: leases[2] }).await.unwrap_err();
+    let late = client
+        .lease_keep_alive(v1::LeaseKeepAliveRequest { lease: leases[2], ..Default::default() })
+        .await
+        .unwrap_err();
     assert_eq!(late.code(), Code::NotFound);
     let short = client.lease_grant(v1::LeaseGrantRequest { ttl_ms: 5 }).await.unwrap_err();
     assert_eq!(short.message(), "ttl_ms is 5, it must be from 500 to 600000");
@@ -428,7 +434,7 @@ async fn what_was_written_is_there_after_a_restart_which_is_quick() {
     assert_eq!(next(&mut resumed).await.kind(), Kind::Progress);
     assert_eq!(keys(&next(&mut resumed).await), ["carillon/config/gate"], "changes are kept over a restart");
     // The lease's time began anew, and there is a grace.
-    client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease }).await.unwrap();
+    client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease, ..Default::default() }).await.unwrap();
     keeper.stop().await;
 }
 
@@ -503,7 +509,13 @@ async fn instances_are_replaced_by_their_successors_only() {
     assert_eq!(older.code(), Code::FailedPrecondition, "{older:?}");
     let newer = client.register(register(6)).await.unwrap().into_inner();
     assert_ne!(newer.lease, first.lease);
-    let gone = client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease: first.lease }).await.unwrap_err();
+    assert!(first.token > 0 && again.token == first.token && newer.token > first.token, "tokens fence");
+    let plain = client.lease_grant(v1::LeaseGrantRequest { ttl_ms: 5000 }).await.unwrap().into_inner();
+    assert!(plain.token > newer.token);
+    let gone = client
+        .lease_keep_alive(v1::LeaseKeepAliveRequest { lease: first.lease, ..Default::default() })
+        .await
+        .unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
     let (instances, _) = admin(&keeper).instances().await.unwrap();
     assert_eq!(instances.iter().map(|i| i.incarnation).collect::<Vec<_>>(), [6]);

@@ -65,7 +65,7 @@ impl Cluster {
 
     pub async fn start_hub(&mut self) {
         self.incarnation += 1;
-        let agent = Agent::start(carillon_agent::Options { keepers: vec![self.keeper.endpoint()] });
+        let agent = Agent::start(carillon_agent::Options::new(vec![self.keeper.endpoint()]));
         let metrics = prometheus::Registry::new();
         let options = HubOptions {
             instance_id: "hub-1".into(),

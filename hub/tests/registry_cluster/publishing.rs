@@ -74,8 +74,7 @@ async fn numbers_go_on_and_epochs_grow_over_a_restart() {
 async fn publishes_survive_a_restart_of_the_owner_in_order() {
     let mut cluster = Cluster::start(&[("demo", "")]).await;
     // Its own agent, so that it outlives the hub's.
-    let agent =
-        carillon_agent::Agent::start(carillon_agent::Options { keepers: vec![cluster.keeper.endpoint()] });
+    let agent = carillon_agent::Agent::start(carillon_agent::Options::new(vec![cluster.keeper.endpoint()]));
     agent.ready().await;
     let directory = carillon_hub::peers::Directory::new(agent.clone());
     let options = carillon_hub::registry::client::Options {
@@ -197,8 +196,7 @@ async fn what_can_never_be_accepted_is_refused_at_once() {
     }
     // A caller that has no owner to turn to hears so when its deadline has passed.
     let mut cluster = cluster;
-    let agent =
-        carillon_agent::Agent::start(carillon_agent::Options { keepers: vec![cluster.keeper.endpoint()] });
+    let agent = carillon_agent::Agent::start(carillon_agent::Options::new(vec![cluster.keeper.endpoint()]));
     agent.ready().await;
     cluster.stop_hub().await;
     let directory = carillon_hub::peers::Directory::new(agent.clone());
@@ -244,8 +242,7 @@ async fn an_owner_that_the_saver_knows_to_be_deposed_gives_the_slot_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_publisher_whose_queue_is_full_is_told_at_once() {
     let mut cluster = Cluster::start(&[("demo", "")]).await;
-    let agent =
-        carillon_agent::Agent::start(carillon_agent::Options { keepers: vec![cluster.keeper.endpoint()] });
+    let agent = carillon_agent::Agent::start(carillon_agent::Options::new(vec![cluster.keeper.endpoint()]));
     agent.ready().await;
     cluster.stop_hub().await;
     let options = carillon_hub::registry::client::Options {

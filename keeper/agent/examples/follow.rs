@@ -12,7 +12,7 @@ async fn main() -> anyhow::Result<()> {
     let keepers: Vec<String> = std::env::args().skip(1).collect();
     anyhow::ensure!(!keepers.is_empty(), "usage: follow http://HOST:PORT …");
 
-    let agent = Agent::start(Options { keepers });
+    let agent = Agent::start(Options::new(keepers));
     agent.ready().await;
     agent.register(Instance {
         id: format!("follower-{}", std::process::id()),

@@ -13,6 +13,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::document::Violation;
+use crate::keepers::Keepers;
 use crate::{Instance, SlotMap, board, link};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -42,6 +43,9 @@ pub enum AdminError {
     /// The command was carried out and failed, or was not carried out in time.
     #[error("command {name} at {instance} {outcome}: {output}")]
     Command { name: String, instance: String, outcome: &'static str, output: String },
+    /// The call may have been carried out, or may still be: look before it is repeated.
+    #[error("whether it was done is not known ({0}): look before repeating it")]
+    Uncertain(String),
     #[error("keeper: {0}")]
     Other(String),
 }
@@ -148,6 +152,19 @@ pub struct Member {
     pub heard_ms: Option<u64>,
 }
 
+/// An instance, since when it is there, and how busy it is.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct LiveInstance {
+    #[serde(flatten)]
+    pub instance: Instance,
+    /// Unix time at which it registered, milliseconds.
+    pub since_ms: u64,
+    /// What it said last of its load; empty when it has said nothing to the keeper that leads now.
+    pub load: BTreeMap<String, f64>,
+    /// Milliseconds since then.
+    pub load_age_ms: Option<u64>,
+}
+
 /// A node's id as people write it.
 pub fn parse_node(text: &str) -> Result<u64, String> {
     match u64::from_str_radix(text, 16) {
@@ -187,13 +204,18 @@ pub struct Admin {
 }
 
 struct Inner {
-    keepers: Vec<String>,
+    keepers: Arc<Keepers>,
     client: Mutex<Option<KeeperClient<Channel>>>,
 }
 
 impl Admin {
     /// `keepers`: `http://host:port` each. Connects when first used.
     pub fn new(keepers: Vec<String>) -> Self {
+        Admin::sharing(Arc::new(Keepers::new(keepers)))
+    }
+
+    /// What one learns of the members, all know.
+    pub(crate) fn sharing(keepers: Arc<Keepers>) -> Self {
         Admin { inner: Arc::new(Inner { keepers, client: Mutex::new(None) }) }
     }
 
@@ -234,7 +256,7 @@ impl Admin {
             dry_run: options.dry_run,
         };
         let answer =
-            self.call(request, async |mut client, request| client.publish_config(request).await).await?;
+            self.write(request, async |mut client, request| client.publish_config(request).await).await?;
         match answer.outcome {
             Some(Outcome::Accepted(revision)) => Ok(revision.into()),
             Some(Outcome::Refused(refused)) => Err(AdminError::Refused {
@@ -328,6 +350,25 @@ impl Admin {
         Ok(answer.applied.into_iter().map(applied).collect())
     }
 
+    /// The live instances by id, with how busy they say they are.
+    pub async fn live(&self) -> Result<Vec<LiveInstance>, AdminError> {
+        let request = v1::ListInstancesRequest {};
+        let answer =
+            self.call(request, async |mut client, request| client.list_instances(request).await).await?;
+        let mut loads: BTreeMap<String, v1::InstanceLoad> =
+            answer.loads.into_iter().map(|load| (load.instance.clone(), load)).collect();
+        let live = answer.instances.into_iter().map(|record| {
+            let load = loads.remove(&record.id);
+            LiveInstance {
+                since_ms: record.registered_ms,
+                load_age_ms: load.as_ref().map(|load| load.age_ms),
+                load: load.map(|load| load.load.into_iter().collect()).unwrap_or_default(),
+                instance: Instance::from_record(record),
+            }
+        });
+        Ok(live.collect())
+    }
+
     /// The live instances by id, and who owns which slot.
     pub async fn instances(&self) -> Result<(Vec<Instance>, SlotMap), AdminError> {
         let request = v1::ListInstancesRequest {};
@@ -414,7 +455,7 @@ impl Admin {
     pub async fn add_member(&self, address: &str) -> Result<String, AdminError> {
         let request = v1::MemberAddRequest { address: address.to_owned() };
         let answer =
-            self.slow_call(request, async |mut client, request| client.member_add(request).await).await?;
+            self.slow_write(request, async |mut client, request| client.member_add(request).await).await?;
         Ok(format!("{:016x}", answer.node_id))
     }
 
@@ -422,7 +463,7 @@ impl Admin {
     pub async fn remove_member(&self, node_id: u64) -> Result<(), AdminError> {
         let request = v1::MemberRemoveRequest { node_id };
         let answer =
-            self.slow_call(request, async |mut client, request| client.member_remove(request).await).await;
+            self.slow_write(request, async |mut client, request| client.member_remove(request).await).await;
         answer.map(drop)
     }
 
@@ -430,7 +471,7 @@ impl Admin {
     pub async fn transfer_lead(&self, to: Option<u64>) -> Result<String, AdminError> {
         let request = v1::LeadershipTransferRequest { node_id: to.unwrap_or(0) };
         let answer = self
-            .slow_call(request, async |mut client, request| client.leadership_transfer(request).await)
+            .slow_write(request, async |mut client, request| client.leadership_transfer(request).await)
             .await?;
         Ok(format!("{:016x}", answer.node_id))
     }
@@ -451,38 +492,49 @@ impl Admin {
         }
     }
 
-    /// Tries one keeper after another. Only for calls that may be carried out twice.
+    /// For what changes nothing: tries one keeper after another, whatever has become of the call at the last.
     async fn call<Q: Clone, A>(
         &self,
         request: Q,
         send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
     ) -> Result<A, AdminError> {
-        self.call_within(CALL_TIMEOUT, request, send).await
+        self.call_within(CALL_TIMEOUT, true, request, send).await
     }
 
-    /// For what the keeper itself must wait for.
-    async fn slow_call<Q: Clone, A>(
+    /// For what changes something: goes on to the next keeper only when the last one has certainly not done it.
+    async fn write<Q: Clone, A>(
         &self,
         request: Q,
         send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
     ) -> Result<A, AdminError> {
-        self.call_within(SLOW_CALL_TIMEOUT, request, send).await
+        self.call_within(CALL_TIMEOUT, false, request, send).await
+    }
+
+    /// The same, for what the keeper itself must wait for.
+    async fn slow_write<Q: Clone, A>(
+        &self,
+        request: Q,
+        send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
+    ) -> Result<A, AdminError> {
+        self.call_within(SLOW_CALL_TIMEOUT, false, request, send).await
     }
 
     async fn call_within<Q: Clone, A>(
         &self,
         limit: Duration,
+        repeatable: bool,
         request: Q,
         send: impl AsyncFn(KeeperClient<Channel>, Q) -> Result<tonic::Response<A>, Status>,
     ) -> Result<A, AdminError> {
+        let keepers = self.inner.keepers.all();
         let mut reason = "no keeper is configured".to_owned();
         let known = self.inner.client.lock().clone();
         let known = known.into_iter().map(Ok);
-        for candidate in known.chain(self.inner.keepers.iter().map(Err)) {
-            let client = match candidate {
-                Ok(client) => client,
+        for candidate in known.chain(keepers.iter().map(Err)) {
+            let (client, fresh) = match candidate {
+                Ok(client) => (client, false),
                 Err(keeper) => match connect(keeper).await {
-                    Ok(client) => client,
+                    Ok(client) => (client, true),
                     Err(error) => {
                         reason = error;
                         continue;
@@ -491,17 +543,65 @@ impl Admin {
             };
             match tokio::time::timeout(limit, send(client.clone(), request.clone())).await {
                 Ok(Ok(answer)) => {
+                    if fresh {
+                        tokio::spawn(learn(self.inner.keepers.clone(), client.clone()));
+                    }
                     *self.inner.client.lock() = Some(client);
                     return Ok(answer.into_inner());
                 }
-                Ok(Err(status)) if status.code() == Code::Unavailable => reason = status.message().to_owned(),
+                Ok(Err(status)) if was_not_done(&status) => status.message().clone_into(&mut reason),
+                Ok(Err(status)) if may_be_done(status.code()) => {
+                    if !repeatable {
+                        return Err(AdminError::Uncertain(status.message().to_owned()));
+                    }
+                    status.message().clone_into(&mut reason);
+                }
                 Ok(Err(status)) => return Err(explain(status)),
-                Err(_) => return Err(AdminError::Other(format!("no answer within {} s", limit.as_secs()))),
+                Err(_) => {
+                    reason = format!("no answer within {} s", limit.as_secs());
+                    if !repeatable {
+                        return Err(AdminError::Uncertain(reason));
+                    }
+                }
             }
         }
         *self.inner.client.lock() = None;
-        Err(AdminError::Unreachable { keepers: self.inner.keepers.join(", "), reason })
+        Err(AdminError::Unreachable { keepers: keepers.join(", "), reason })
     }
+}
+
+/// Who the members are, for when this keeper is gone.
+async fn learn(keepers: Arc<Keepers>, mut client: KeeperClient<Channel>) {
+    let asked = client.member_list(v1::MemberListRequest {});
+    if let Ok(Ok(list)) = tokio::time::timeout(CALL_TIMEOUT, asked).await {
+        let members: Vec<String> =
+            list.into_inner().members.into_iter().map(|member| member.address).collect();
+        keepers.learn(&members);
+    }
+}
+
+/// The keeper says that it has done nothing and that another may (`UNAVAILABLE`, from itself), or was not even reached.
+fn was_not_done(status: &Status) -> bool {
+    let Some(mut source) = std::error::Error::source(status) else {
+        return status.code() == Code::Unavailable;
+    };
+    loop {
+        if source.is::<tonic::ConnectError>() {
+            return true;
+        }
+        match source.source() {
+            Some(next) => source = next,
+            None => return false,
+        }
+    }
+}
+
+/// The call got lost, or its outcome.
+fn may_be_done(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable | Code::Unknown | Code::DeadlineExceeded | Code::Cancelled | Code::Internal
+    )
 }
 
 async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, String> {

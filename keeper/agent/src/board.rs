@@ -201,6 +201,8 @@ pub(crate) struct Board {
     /// The instances whose commands `view` covers; a watch can be resumed when they are still the ones. None: what is
     /// known cannot be built on.
     pub covered: Option<Vec<String>>,
+    /// What is known comes from the cache: no keeper has answered since the start.
+    restored: bool,
     /// What this process wants to be known as, by id.
     pub registrations: BTreeMap<String, Instance>,
     /// Answers to commands that the keeper has not got yet.
@@ -219,6 +221,7 @@ impl Board {
             view: View::default(),
             synced: false,
             covered: None,
+            restored: false,
             registrations: BTreeMap::new(),
             answers: VecDeque::new(),
             sinks: HashMap::new(),
@@ -278,6 +281,31 @@ impl Board {
         }
     }
 
+    /// Takes in what a former process has kept. A keeper's state replaces it as soon as there is one.
+    pub(crate) fn restore(&mut self, cache: v1::AgentCache) {
+        let state = cache.items.into_iter().map(|item| v1::WatchEvent { item: Some(item), deleted: false });
+        self.replace(cache.cluster_id, state.collect(), 0);
+        self.restored = true;
+    }
+
+    /// This process is to be known as this. While nobody but the cache says who is there, the former process of the
+    /// instance is taken to be this one: they share a data directory, so that one has ended. Its slots are then ours with
+    /// the epochs that they had: if somebody else owns them by now, it is with a newer one, and ours are refused.
+    pub(crate) fn register(&mut self, instance: Instance) {
+        if self.restored {
+            let slots = Arc::make_mut(&mut self.view.slots);
+            for slot in &mut slots.slots {
+                if *slot.instance == instance.id && slot.incarnation < instance.incarnation {
+                    slot.incarnation = instance.incarnation;
+                }
+            }
+            self.view.instances.insert(instance.id.clone(), instance.clone());
+            self.publish_instances();
+            self.publish_slots();
+        }
+        self.registrations.insert(instance.id.clone(), instance);
+    }
+
     pub(crate) fn instances(&mut self, role: Role) -> watch::Receiver<Arc<Vec<Instance>>> {
         let view = &self.view;
         self.by_role
@@ -326,6 +354,7 @@ impl Board {
         state: Vec<v1::WatchEvent>,
         now_ms: u64,
     ) -> Vec<v1::CommandRecord> {
+        self.restored = false;
         let mut fresh = View { cluster_id, ..View::default() };
         for event in &state {
             fresh.take(event);

@@ -2,7 +2,9 @@
 //!
 //! An [`Agent`] is a cheap handle; a task behind it speaks with the keeper, reconnects with jitter, resumes its watches
 //! and registers again. What a process reads here is always the last that was known, also while the keeper is away.
-//! [`admin::Admin`] is the other side: for people and tools that change configuration and send commands.
+//! With a cache ([`Options::with_cache`]) a process starts even when
+//! no keeper can be reached. [`admin::Admin`] is the other side: for people and tools that change configuration and send
+//! commands.
 
 pub mod admin;
 pub mod app;
@@ -11,6 +13,8 @@ pub mod keys;
 pub mod revoked;
 
 mod board;
+mod cache;
+mod keepers;
 mod link;
 
 use std::collections::BTreeMap;
@@ -26,6 +30,9 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
+use crate::cache::Cache;
+pub use crate::cache::CacheOptions;
+use crate::keepers::Keepers;
 
 /// What kinds of process there are. A closed set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -90,6 +97,25 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// Of a process that says no more of itself: no roles, no addresses, and an incarnation by the clock.
+    pub fn new(id: impl Into<String>) -> Self {
+        Instance {
+            id: id.into(),
+            incarnation: carillon_proto::now_ms(),
+            roles: Vec::new(),
+            addresses: BTreeMap::new(),
+            labels: BTreeMap::new(),
+            draining: false,
+        }
+    }
+
+    /// With a further address, "host:port".
+    #[must_use]
+    pub fn with_address(mut self, name: &str, address: &str) -> Self {
+        self.addresses.insert(name.to_owned(), address.to_owned());
+        self
+    }
+
     /// Roles that this version does not know are left out.
     pub fn from_record(record: v1::InstanceRecord) -> Self {
         Instance {
@@ -151,9 +177,26 @@ const COMMAND_QUEUE: usize = 64;
 /// Where the keeper is, and who we are.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// `http://host:port` of the keeper's nodes.
+    /// `http://host:port` of the keeper's nodes; one is enough, the others are learned from it.
     pub keepers: Vec<String>,
+    /// Where the last known state is kept over restarts; None: it is not.
+    pub cache: Option<CacheOptions>,
 }
+
+impl Options {
+    pub fn new(keepers: Vec<String>) -> Self {
+        Options { keepers, cache: None }
+    }
+
+    /// With a cache: a file in the data directory of `owner`, the process's instance id.
+    #[must_use]
+    pub fn with_cache(self, path: impl Into<std::path::PathBuf>, owner: impl Into<String>) -> Self {
+        Options { cache: Some(CacheOptions { path: path.into(), owner: owner.into() }), ..self }
+    }
+}
+
+/// What an instance says of how busy it is: a few numbers by name, as `connections`. Asked for with each keep-alive.
+pub type Measure = Arc<dyn Fn() -> BTreeMap<String, f64> + Send + Sync>;
 
 /// A cheap handle; see the crate's page.
 #[derive(Clone)]
@@ -163,8 +206,11 @@ pub struct Agent {
 
 /// What handles and the task share.
 struct Shared {
-    keepers: Vec<String>,
+    keepers: Arc<Keepers>,
+    cache: Option<Arc<Cache>>,
     board: Mutex<Board>,
+    /// By instance.
+    measures: Mutex<BTreeMap<String, Measure>>,
     /// Sent to when there is something new to tell the keeper: a registration, a report, an answer.
     wake: watch::Sender<u64>,
     ready: watch::Sender<bool>,
@@ -182,14 +228,30 @@ impl Shared {
 
 impl Agent {
     /// Starts the agent's task on the current Tokio runtime; returns at once. What is live is empty or default until
-    /// the keeper answers. The task ends with [`Agent::stop`] or with the runtime, not with the last handle.
+    /// the keeper answers, or the last known from the cache. The task ends with [`Agent::stop`] or with the runtime, not
+    /// with the last handle.
     pub fn start(options: Options) -> Agent {
         let (sender, receiver) = mpsc::channel(COMMAND_QUEUE);
+        let keepers = Arc::new(Keepers::new(options.keepers));
+        let mut board = Board::new();
+        let (cache, found) = options.cache.map(Cache::open).unzip();
+        if let Some(found) = found.flatten() {
+            tracing::info!(
+                cluster = found.cluster_id,
+                saved_ms = found.saved_ms,
+                records = found.items.len(),
+                "the last known state is in force until a keeper answers"
+            );
+            keepers.learn(&found.keepers);
+            board.restore(found);
+        }
         let shared = Arc::new(Shared {
-            keepers: options.keepers,
-            board: Mutex::new(Board::new()),
+            keepers,
+            cache: cache.map(Arc::new),
+            ready: watch::Sender::new(board.synced),
+            board: Mutex::new(board),
+            measures: Mutex::new(BTreeMap::new()),
             wake: watch::Sender::new(0),
-            ready: watch::Sender::new(false),
             connected: watch::Sender::new(false),
             commands: Mutex::new((sender, Some(receiver))),
             stop: CancellationToken::new(),
@@ -200,10 +262,21 @@ impl Agent {
         Agent { shared }
     }
 
-    /// Resolves when the first full view (configuration, instances, slots) has arrived.
+    /// Resolves when there is a full view (configuration, instances, slots): from a keeper, or from the cache.
     pub async fn ready(&self) {
         // An error means that the sender is gone, which it is not while this handle lives.
         let _ = self.shared.ready.subscribe().wait_for(|ready| *ready).await;
+    }
+
+    /// Is there a full view? See [`ready`](Self::ready).
+    pub fn is_ready(&self) -> bool {
+        *self.shared.ready.borrow()
+    }
+
+    /// Which cluster this is; None before that is known.
+    pub fn cluster_id(&self) -> Option<String> {
+        let board = self.shared.board.lock();
+        Some(board.view.cluster_id.clone()).filter(|cluster| !cluster.is_empty())
     }
 
     /// Is the keeper answering at present?
@@ -214,8 +287,18 @@ impl Agent {
     /// Makes this instance discoverable for as long as the process lives; call again to change it (draining).
     /// Another id is another instance of the same process.
     pub fn register(&self, instance: Instance) {
-        self.shared.board.lock().registrations.insert(instance.id.clone(), instance);
+        self.shared.board.lock().register(instance);
         self.shared.wake();
+    }
+
+    /// How busy an instance of this process is, for listings and balancing: at most 32 numbers with names of at most 64
+    /// bytes. `measure` is called with each keep-alive, about every three seconds: it must not block.
+    pub fn measure(
+        &self,
+        instance: &str,
+        measure: impl Fn() -> BTreeMap<String, f64> + Send + Sync + 'static,
+    ) {
+        self.shared.measures.lock().insert(instance.to_owned(), Arc::new(measure));
     }
 
     /// The one document of a kind; its default until one is published. Each valid revision is acknowledged as applied;
@@ -258,7 +341,7 @@ impl Agent {
 
     /// The other side, for what a process changes itself.
     pub fn admin(&self) -> admin::Admin {
-        admin::Admin::new(self.shared.keepers.clone())
+        admin::Admin::sharing(self.shared.keepers.clone())
     }
 
     /// Commands to this process's instances. One receiver a process: a later call takes over from the earlier one.
@@ -273,7 +356,7 @@ impl Agent {
         receiver
     }
 
-    /// Deregisters (the lease is revoked) and ends the agent's task; takes at most about a second.
+    /// Deregisters (the lease is revoked) and ends the agent's task; takes at most about two seconds.
     pub async fn stop(&self) {
         self.shared.stop.cancel();
         let task = self.shared.task.lock().take();

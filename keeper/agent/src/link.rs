@@ -23,9 +23,17 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const WATCH_SILENCE: Duration = Duration::from_secs(20);
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// When a keeper is lost, so it is for thousands: they come to the others over this time.
+const RECONNECT_SPREAD: Duration = Duration::from_millis(500);
+/// … and those whose leases have ended meanwhile register again over this time: each is an entry of the log.
+const REGISTER_SPREAD: Duration = Duration::from_secs(2);
+/// An instance that measures its load says it so soon after it has registered.
+const FIRST_LOAD: Duration = Duration::from_millis(200);
+/// How often the keeper is asked who its members are.
+const MEMBERS_EVERY: Duration = Duration::from_secs(60);
 /// A registration that the keeper refuses is tried again after this.
 const REFUSED_PAUSE: Duration = Duration::from_secs(5);
-/// For deregistering at the end.
+/// For deregistering at the end, and for what is written last.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Reports in one call; the keeper's limit.
 const REPORTS: usize = 256;
@@ -44,13 +52,15 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let mut registered = Registrations::new();
     let mut backoff = FIRST_BACKOFF;
     let mut failures = 0u32;
-    let mut next = rand::rng().random_range(0..shared.keepers.len().max(1));
+    let mut next = rand::rng().random_range(0..shared.keepers.all().len().max(1));
     let mut client = None;
-    if shared.keepers.is_empty() {
+    if shared.keepers.all().is_empty() {
         tracing::error!("no keeper is configured, nothing will be known");
     }
-    while !shared.stop.is_cancelled() && !shared.keepers.is_empty() {
-        let keeper = &shared.keepers[next % shared.keepers.len()];
+    let keeping = shared.cache.clone().map(|cache| AbortOnDrop(tokio::spawn(cache.run())));
+    while !shared.stop.is_cancelled() {
+        let keepers = shared.keepers.all();
+        let Some(keeper) = keepers.get(next % keepers.len().max(1)) else { break };
         next += 1;
         let attempt = async {
             let connected = connect(keeper).await?;
@@ -61,9 +71,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             () = shared.stop.cancelled() => break,
             Err(error) = attempt => error,
         };
-        if shared.connected.send_replace(false) {
-            backoff = FIRST_BACKOFF;
-        }
+        let lost = shared.connected.send_replace(false);
         failures += 1;
         if failures == 1 {
             tracing::warn!(
@@ -74,17 +82,45 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         } else {
             tracing::debug!(keeper, error = error.message(), failures, "keeper not reached");
         }
-        let pause = backoff.mul_f64(rand::rng().random_range(0.5..1.0));
-        backoff = (backoff * 2).min(MAX_BACKOFF);
+        let pause = if lost {
+            backoff = FIRST_BACKOFF;
+            spread(RECONNECT_SPREAD)
+        } else {
+            let pause = backoff.mul_f64(rand::rng().random_range(0.5..1.0));
+            backoff = (backoff * 2).min(MAX_BACKOFF);
+            pause
+        };
         tokio::select! {
             () = shared.stop.cancelled() => break,
             () = sleep(pause) => {}
         }
     }
     shared.connected.send_replace(false);
+    drop(keeping);
+    if let Some(cache) = &shared.cache {
+        match timeout(STOP_TIMEOUT, cache.write()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the last known state could not be kept on disk"),
+            Err(_) => tracing::warn!("the disk is slow, the last known state may not be on it"),
+        }
+    }
     if let Some(client) = client {
         deregister(client, registered).await;
     }
+}
+
+/// Ends a task with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A random part of a time, so that not all come at once.
+fn spread(over: Duration) -> Duration {
+    over.mul_f64(rand::rng().random_range(0.0..1.0))
 }
 
 async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, Status> {
@@ -141,8 +177,28 @@ async fn session(
     let leases = tokio::sync::watch::Sender::new(leases_of(registered));
     let watching = watch(shared, client.clone(), keeper, failures);
     let registering = register(shared, client.clone(), registered, &leases);
-    let telling = tell(shared, client, leases.subscribe());
-    tokio::try_join!(watching, registering, telling).map(|_| ())
+    let telling = tell(shared, client.clone(), leases.subscribe());
+    let learning = learn(shared, client);
+    tokio::try_join!(watching, registering, telling, learning).map(|_| ())
+}
+
+/// Asks now and then who the members are, so that there is somebody to turn to when those that were configured are gone.
+async fn learn(shared: &Arc<Shared>, mut client: KeeperClient<Channel>) -> Result<(), Status> {
+    loop {
+        match call(client.member_list(v1::MemberListRequest {})).await {
+            Ok(list) => {
+                let mut members: Vec<String> =
+                    list.members.into_iter().map(|member| member.address).collect();
+                members.sort();
+                shared.keepers.learn(&members);
+                if let Some(cache) = &shared.cache {
+                    cache.keepers(&members);
+                }
+            }
+            Err(status) => tracing::debug!(error = status.message(), "the members are not known"),
+        }
+        sleep(MEMBERS_EVERY / 2 + spread(MEMBERS_EVERY)).await;
+    }
 }
 
 /// Follows the keeper's state.
@@ -207,6 +263,9 @@ async fn watch(
                 v1::watch_response::Kind::State => state.extend(message.events),
                 v1::watch_response::Kind::StateEnd => {
                     state.extend(message.events);
+                    if let Some(cache) = &shared.cache {
+                        cache.replace(&message.cluster_id, &state);
+                    }
                     let commands = {
                         let mut board = shared.board.lock();
                         let commands =
@@ -220,6 +279,9 @@ async fn watch(
                     shared.wake();
                 }
                 v1::watch_response::Kind::Events => {
+                    if let Some(cache) = &shared.cache {
+                        cache.events(&message.events);
+                    }
                     let commands = shared.board.lock().events(message.revision, &message.events, now_ms());
                     begin(shared, commands);
                     shared.wake();
@@ -300,7 +362,13 @@ async fn register(
                         instance,
                         lease: answer.lease,
                         ttl,
-                        keep_alive_at: Clock::now() + ttl / 3,
+                        // The first is at once: it brings the load.
+                        keep_alive_at: Clock::now()
+                            + if shared.measures.lock().contains_key(&id) {
+                                FIRST_LOAD.min(ttl / 3)
+                            } else {
+                                ttl / 3
+                            },
                     };
                     if before != Some(answer.lease) {
                         tracing::info!(instance = id, ttl_ms = answer.ttl_ms, "registered with the keeper");
@@ -325,16 +393,26 @@ async fn register(
             if registration.keep_alive_at > Clock::now() {
                 continue;
             }
-            let request = v1::LeaseKeepAliveRequest { lease: registration.lease };
+            let measure = shared.measures.lock().get(id).cloned();
+            let load = measure.map(|measure| measure().into_iter().collect()).unwrap_or_default();
+            let request = v1::LeaseKeepAliveRequest { lease: registration.lease, load };
             match call(client.lease_keep_alive(request)).await {
                 Ok(_) => registration.keep_alive_at = Clock::now() + registration.ttl / 3,
                 Err(status) if status.code() == Code::NotFound => lost.push(id.clone()),
+                // Its load, which it can be without.
+                Err(status) if status.code() == Code::InvalidArgument => {
+                    tracing::error!(instance = id, reason = status.message(), "load refused by the keeper");
+                    shared.measures.lock().remove(id);
+                }
                 Err(status) => return Err(status),
             }
         }
         if !lost.is_empty() {
-            tracing::warn!(instances = lost.join(", "), "lease lost, registering again");
+            let pause = spread(REGISTER_SPREAD);
+            let pause_ms = pause.as_millis() as u64;
+            tracing::warn!(instances = lost.join(", "), pause_ms, "lease lost, registering again");
             registered.retain(|id, _| !lost.contains(id));
+            sleep(pause).await;
             continue;
         }
         let next = registered

@@ -75,7 +75,7 @@ async fn start(directory: &Path) -> KeeperHandle {
 }
 
 async fn agent(keeper: &KeeperHandle) -> Agent {
-    let agent = Agent::start(Options { keepers: vec![keeper.endpoint()] });
+    let agent = Agent::start(Options::new(vec![keeper.endpoint()]));
     timeout(Duration::from_secs(5), agent.ready()).await.unwrap();
     agent
 }
@@ -276,7 +276,7 @@ async fn a_killed_process_gets_its_slots_back_at_once_with_new_epochs() {
     let first = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let endpoint = keeper.endpoint();
     first.spawn(async move {
-        let agent = Agent::start(Options { keepers: vec![endpoint] });
+        let agent = Agent::start(Options::new(vec![endpoint]));
         agent.register(instance("hub-0", 1, &[Role::Registry]));
         std::future::pending::<()>().await;
     });
@@ -328,7 +328,7 @@ async fn a_lease_that_nobody_keeps_alive_ends_and_a_living_process_registers_aga
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let endpoint = keeper.endpoint();
     runtime.spawn(async move {
-        let agent = Agent::start(Options { keepers: vec![endpoint] });
+        let agent = Agent::start(Options::new(vec![endpoint]));
         agent.register(instance("dying", 1, &[Role::Gateway]));
         std::future::pending::<()>().await;
     });
@@ -386,7 +386,7 @@ async fn the_agent_waits_for_a_keeper_that_comes_later() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     drop(listener);
-    let agent = Agent::start(Options { keepers: vec![format!("http://{address}")] });
+    let agent = Agent::start(Options::new(vec![format!("http://{address}")]));
     agent.register(instance("early", 1, &[Role::Gateway]));
     assert!(timeout(Duration::from_millis(300), agent.ready()).await.is_err());
     assert_eq!(agent.config::<Gate>().borrow().max_packet_bytes, 1024);
@@ -395,6 +395,97 @@ async fn the_agent_waits_for_a_keeper_that_comes_later() {
     let mut gates = agent.instances(Role::Gateway);
     until(&mut gates, "it sees itself", |gates| gates.len() == 1).await;
     agent.stop().await;
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_starts_from_its_cache_and_agrees_with_the_keeper_later() {
+    let (directory, own) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let options = |keeper: &str| {
+        Options::new(vec![format!("http://{keeper}")]).with_cache(own.path().join("cache"), "hub-0")
+    };
+    let keeper = start(directory.path()).await;
+    let address = keeper.addr().to_string();
+    let admin = Admin::new(vec![keeper.endpoint()]);
+    admin.set("gate", set("max_packet_bytes", "4096"), ChangeOptions::default()).await.unwrap();
+    let other = agent(&keeper).await;
+    other.register(instance("gate-0", 3, &[Role::Gateway]));
+    let first = Agent::start(options(&address));
+    assert!(!first.is_ready() && first.cluster_id().is_none());
+    first.register(instance("hub-0", 1, &[Role::Registry]));
+    let (mut slots, mut gates) = (first.slots(), first.instances(Role::Gateway));
+    let before = until(&mut slots, "slots are assigned", |slots| all_owned_by(slots, "hub-0", 1)).await;
+    until(&mut gates, "the gateway is known", |gates| gates.len() == 1).await;
+    let cluster = first.cluster_id();
+    // All keepers first, then the process.
+    keeper.stop().await;
+    first.stop().await;
+
+    let second = Agent::start(options(&address));
+    assert!(second.is_ready(), "there is a full view at once");
+    timeout(Duration::from_secs(1), second.ready()).await.unwrap();
+    assert_eq!(second.cluster_id(), cluster);
+    assert_eq!(second.config::<Gate>().borrow().max_packet_bytes, 4096);
+    assert_eq!(second.instances(Role::Gateway).borrow()[0].incarnation, 3);
+    assert!(!*second.connected().borrow());
+    second.register(instance("hub-0", 2, &[Role::Registry]));
+    let mut slots = second.slots();
+    assert!(all_owned_by(&slots.borrow_and_update(), "hub-0", 2), "it is the successor of the former one");
+    assert_eq!(slots.borrow().slots[7].epoch, before.slots[7].epoch, "an epoch is only the keeper's to give");
+    assert_eq!(second.instances(Role::Registry).borrow()[0].incarnation, 2);
+
+    let keeper = start_on(directory.path(), &address, Limits::default()).await;
+    let mut gate = second.config::<Gate>();
+    admin.set("gate", set("max_packet_bytes", "2000"), ChangeOptions::default()).await.unwrap();
+    until(&mut gate, "a change arrives again", |gate| gate.max_packet_bytes == 2000).await;
+    let after = until(&mut slots, "the keeper gives them to the second", |slots| {
+        all_owned_by(slots, "hub-0", 2) && slots.slots[7].epoch > before.slots[7].epoch
+    })
+    .await;
+    assert_eq!(after.slots[7].epoch, before.slots[7].epoch + 1);
+    second.stop().await;
+
+    // Nobody else's cache, and nothing at all when it is broken: the process waits for a keeper as if it were new.
+    std::fs::write(own.path().join("cache"), b"CARAGENT and then nothing of use").unwrap();
+    let third = Agent::start(options(&address));
+    assert!(own.path().join("cache.aside").exists());
+    timeout(Duration::from_secs(8), third.ready()).await.unwrap();
+    assert_eq!(third.config::<Gate>().borrow().max_packet_bytes, 2000);
+    third.stop().await;
+    other.stop().await;
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_tell_how_busy_they_are() {
+    let directory = TempDir::new().unwrap();
+    let keeper = start(directory.path()).await;
+    let admin = Admin::new(vec![keeper.endpoint()]);
+    let worker = agent(&keeper).await;
+    let connections = Arc::new(std::sync::atomic::AtomicU32::new(7));
+    let counted = connections.clone();
+    worker.measure("gate-0", move || {
+        let now = counted.load(std::sync::atomic::Ordering::Relaxed);
+        BTreeMap::from([("connections".to_owned(), f64::from(now))])
+    });
+    worker.register(instance("gate-0", 1, &[Role::Gateway]));
+    let load = async || {
+        let live = admin.live().await.unwrap();
+        live.first().and_then(|live| live.load.get("connections").copied())
+    };
+    eventually("the load is told", async || load().await.filter(|load| *load == 7.0)).await;
+    let revision = admin.status().await.unwrap().revision;
+    connections.store(9, std::sync::atomic::Ordering::Relaxed);
+    eventually("its change is told", async || load().await.filter(|load| *load == 9.0)).await;
+    assert_eq!(admin.status().await.unwrap().revision, revision, "and nothing of it is written");
+    let live = admin.live().await.unwrap().remove(0);
+    assert!(live.since_ms > 0 && live.load_age_ms.is_some_and(|age| age < 60_000));
+
+    // Too many numbers are refused, and the instance lives on without.
+    worker.measure("gate-0", || (0..100).map(|i| (i.to_string(), 0.0)).collect());
+    tokio::time::sleep(Duration::from_millis(4000)).await;
+    assert_eq!(load().await, Some(9.0));
+    worker.stop().await;
     keeper.stop().await;
 }
 

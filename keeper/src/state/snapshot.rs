@@ -23,7 +23,7 @@ impl State {
             revision: self.revision,
             compacted_revision: self.compacted,
             items: self.items.iter().map(|(key, item)| item.to_proto(key)).collect(),
-            leases: self.leases().map(|(lease, ttl_ms)| v1::KeeperLease { lease, ttl_ms }).collect(),
+            leases: self.leases.iter().map(|(&lease, body)| encode_lease(lease, body)).collect(),
             events: self.events.iter().map(|event| (**event).clone()).collect(),
             raft_meta: raft_meta.into(),
         };
@@ -36,7 +36,10 @@ impl State {
         let mut leases: BTreeMap<u64, Lease> = snapshot
             .leases
             .into_iter()
-            .map(|lease| (lease.lease, Lease { ttl_ms: lease.ttl_ms, keys: BTreeSet::new() }))
+            .map(|lease| {
+                let (ttl_ms, granted) = (lease.ttl_ms, lease.granted_revision);
+                (lease.lease, Lease { ttl_ms, granted, keys: BTreeSet::new() })
+            })
             .collect();
         let mut items = BTreeMap::new();
         let mut bytes = 0;
@@ -69,4 +72,8 @@ impl State {
         };
         Ok((state, snapshot.raft_meta.to_vec()))
     }
+}
+
+fn encode_lease(lease: u64, body: &Lease) -> v1::KeeperLease {
+    v1::KeeperLease { lease, ttl_ms: body.ttl_ms, granted_revision: body.granted }
 }
