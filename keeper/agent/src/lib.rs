@@ -2,7 +2,7 @@
 //!
 //! An [`Agent`] is a cheap handle; a task behind it speaks with the keeper, reconnects with jitter, resumes its watches
 //! and registers again. What a process reads here is always the last that was known, also while the keeper is away.
-//! With a cache ([`Options::with_cache`]) a process starts even when
+//! [`process`] makes a whole process of it in few lines. With a cache ([`Options::with_cache`]) a process starts even when
 //! no keeper can be reached. [`admin::Admin`] is the other side: for people and tools that change configuration and send
 //! commands.
 
@@ -10,6 +10,7 @@ pub mod admin;
 pub mod app;
 pub mod document;
 pub mod keys;
+pub mod process;
 pub mod revoked;
 
 mod board;
@@ -342,6 +343,16 @@ impl Agent {
     /// The other side, for what a process changes itself.
     pub fn admin(&self) -> admin::Admin {
         admin::Admin::sharing(self.shared.keepers.clone())
+    }
+
+    /// Waits until the keeper has got all answers to commands; about a second at most.
+    async fn told(&self) {
+        let told = async {
+            while !self.shared.board.lock().answers.is_empty() {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), told).await;
     }
 
     /// Commands to this process's instances. One receiver a process: a later call takes over from the earlier one.
