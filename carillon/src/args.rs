@@ -60,6 +60,8 @@ pub enum Command {
     Drain(DrainArgs),
     /// Send some devices of a gateway to emptier gateways
     Rebalance(RebalanceArgs),
+    /// List the cluster's processes: who they are, where, and how busy
+    Instances(InstancesArgs),
     /// Have a running process do something, such as log more
     #[command(name = "command")]
     Send(CommandArgs),

@@ -3,6 +3,7 @@
 mod bench;
 mod broadcast;
 mod config;
+mod instances;
 mod keeper;
 mod listen;
 mod moves;
@@ -106,6 +107,7 @@ pub async fn run(command: Command) -> Result<(), CliError> {
         Command::Drain(args) => moves::drain(args).await,
         Command::Rebalance(args) => moves::rebalance(args).await,
         Command::Config(command) => config::run(command).await,
+        Command::Instances(args) => instances::run(args).await,
         Command::Send(args) => config::command(args).await,
         Command::Bench(command) => bench::run(command).await,
         Command::Version(args) => version(args.output),

@@ -148,6 +148,26 @@ impl Cluster {
         self.ready().await;
     }
 
+    /// The same for the keeper, of which there is one.
+    pub async fn kill_keeper(&mut self) {
+        self.keeper.kill().await;
+    }
+
+    pub async fn restart_keeper(&mut self) {
+        self.keeper.again();
+        self.keeper.ready().await;
+    }
+
+    /// A gateway again, on the same data; it need not be ready yet.
+    pub fn start_gateway(&mut self, gateway: usize) {
+        self.gateways[gateway].process.again();
+    }
+
+    /// The hub, to look at.
+    pub fn hub(&self) -> &Process {
+        &self.hub
+    }
+
     /// Runs a command for people against the keeper.
     pub async fn cli_output(&self, arguments: &[&str]) -> std::process::Output {
         let mut command = carillon(arguments);

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use carillon_agent::Role;
 use clap::{Args, Subcommand, ValueHint};
 
 use super::{DEFAULT_DATA_DIR, OutputFormat, keeper_url};
@@ -156,8 +157,17 @@ pub struct VersionArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct InstancesArgs {
+    /// Only those that have this role
+    #[arg(long)]
+    pub role: Option<Role>,
+    #[command(flatten)]
+    pub keeper: KeeperClientArgs,
+}
+
+#[derive(Debug, Args)]
 pub struct CommandArgs {
-    /// Its instance id, as `carillon config status` lists them
+    /// Its instance id, as `carillon instances` lists them
     pub instance: String,
     /// What it shall do: log-level; of a gateway: drain, drain-abort, drain-status, rebalance
     pub name: String,

@@ -156,7 +156,7 @@ fn author() -> String {
 }
 
 /// Unix milliseconds as RFC 3339, in UTC (the civil date as in Hinnant's days algorithm).
-fn rfc3339(ms: u64) -> String {
+pub(super) fn rfc3339(ms: u64) -> String {
     let (days, second) = (ms / 86_400_000, ms / 1000 % 86_400);
     let z = days + 719_468;
     let (era, day_of_era) = (z / 146_097, z % 146_097);

@@ -99,6 +99,11 @@ impl Process {
             .expect("can be waited for")
     }
 
+    /// Its data directory.
+    pub fn data(&self) -> &Path {
+        &self.dir
+    }
+
     /// What it has logged in all its lives.
     pub fn logs(&self) -> String {
         std::fs::read_to_string(log_path(&self.dir)).unwrap_or_default()
