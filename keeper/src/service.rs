@@ -165,7 +165,7 @@ impl Core {
 
 #[tonic::async_trait]
 impl Keeper for Service {
-    type WatchStream = ReceiverStream<Result<v1::WatchResponse, Status>>;
+    type WatchStream = watching::Messages;
     type SaveSnapshotStream = ReceiverStream<Result<v1::SaveSnapshotResponse, Status>>;
 
     async fn range(&self, request: Request<v1::RangeRequest>) -> Answer<v1::RangeResponse> {

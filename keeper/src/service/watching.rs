@@ -1,12 +1,15 @@
-//! Watches. A watch holds a place in the changes that the state keeps, and a few messages under way: a slow one falls
-//! behind, and when what it wants is not kept any more, it is told so and ends.
+//! Watches. A watch is a place in the changes that the state keeps, and makes its next message only when the connection has
+//! room for it: a slow one falls behind, and when what it wants is not kept any more, it is told so and ends.
 
+use std::collections::VecDeque;
+use std::pin::Pin;
 use std::time::Duration;
 
 use carillon_proto::v1;
+use futures::{Stream, stream};
 use prometheus::IntGauge;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::watch;
+use tokio::time::sleep;
 use tonic::Status;
 use v1::watch_response::Kind;
 
@@ -14,14 +17,11 @@ use crate::core::Shared;
 use crate::state::{Changes, Item};
 
 const MAX_PREFIXES: usize = 64;
-/// Messages under way to a watcher.
-const QUEUE: usize = 4;
-/// Size that a message of the state or of changes is about.
-const MESSAGE_BYTES: usize = 1024 * 1024;
-/// A watcher that takes nothing for this long is cut off.
-const SEND_TIMEOUT: Duration = Duration::from_secs(60);
+/// Size that a message of the state or of changes is about: what a watcher that takes nothing costs.
+const MESSAGE_BYTES: usize = 64 * 1024;
 
 type Message = Result<v1::WatchResponse, Status>;
+pub(crate) type Messages = Pin<Box<dyn Stream<Item = Message> + Send>>;
 
 /// Counts a watch for as long as it lives.
 struct Counted(IntGauge);
@@ -32,10 +32,7 @@ impl Drop for Counted {
     }
 }
 
-pub(crate) async fn start(
-    core: &Shared,
-    request: v1::WatchRequest,
-) -> Result<ReceiverStream<Message>, Status> {
+pub(crate) async fn start(core: &Shared, request: v1::WatchRequest) -> Result<Messages, Status> {
     if request.prefixes.is_empty() || request.prefixes.len() > MAX_PREFIXES {
         return Err(Status::invalid_argument(format!("a watch needs from 1 to {MAX_PREFIXES} prefixes")));
     }
@@ -52,52 +49,66 @@ pub(crate) async fn start(
             format!("revision {} is ahead of this keeper, which is at {revision}", request.after_revision);
         return Err(Status::out_of_range(text));
     }
-    let (sender, receiver) = mpsc::channel(QUEUE);
-    let watch = Watch { core: core.clone(), sender, prefixes: request.prefixes, _counted: counted };
-    tokio::spawn(watch.run(request.after_revision));
-    Ok(ReceiverStream::new(receiver))
+    let mut watch = Watch {
+        core: core.clone(),
+        prefixes: request.prefixes,
+        revisions: core.node.revision(),
+        place: request.after_revision,
+        ready: VecDeque::new(),
+        ended: false,
+        _counted: counted,
+    };
+    match watch.place {
+        0 => watch.begin(),
+        // So that the watcher knows at once that it is heard, and by whom.
+        after => watch.ready.push_back((Kind::Progress, after, Vec::new())),
+    }
+    Ok(Box::pin(stream::unfold(watch, async |mut watch| Some((watch.next().await?, watch)))))
 }
 
 struct Watch {
     core: Shared,
-    sender: mpsc::Sender<Message>,
     prefixes: Vec<String>,
+    revisions: watch::Receiver<u64>,
+    /// All changes up to this revision are sent, or in `ready`.
+    place: u64,
+    /// What is said first: the state, in parts.
+    ready: VecDeque<(Kind, u64, Vec<v1::WatchEvent>)>,
+    /// The last message is sent.
+    ended: bool,
     _counted: Counted,
 }
 
-/// The watcher is gone, or must be.
-struct Ended;
-
 impl Watch {
-    async fn run(self, after: u64) {
+    /// The next message, as soon as there is one.
+    async fn next(&mut self) -> Option<Message> {
+        if let Some((kind, revision, events)) = self.ready.pop_front() {
+            return Some(self.message(kind, revision, events));
+        }
+        // What the state was made ready in is not needed again.
+        self.ready = VecDeque::new();
+        if self.ended {
+            return None;
+        }
+        let quiet = self.core.limits.progress_interval;
         let stop = self.core.stop.clone();
         tokio::select! {
-            Err(Ended) = self.follow(after) => {}
-            () = stop.cancelled() => {
-                let _ = self.sender.try_send(Err(Status::unavailable("the keeper is stopping")));
-            }
+            message = self.changes(quiet) => Some(message),
+            () = stop.cancelled() => Some(self.end("the keeper is stopping")),
         }
     }
 
-    async fn follow(&self, after: u64) -> Result<std::convert::Infallible, Ended> {
-        let mut revisions = self.core.node.revision();
-        let mut place = if after == 0 {
-            self.send_state().await?
-        } else {
-            // So that the watcher knows at once that it is heard, and by whom.
-            self.send(Kind::Progress, after, Vec::new()).await?;
-            after
-        };
+    async fn changes(&mut self, quiet: Duration) -> Message {
         loop {
-            revisions.mark_unchanged();
-            let changes = self.core.node.state().changes(&self.prefixes, place, MESSAGE_BYTES);
+            self.revisions.mark_unchanged();
+            let changes = self.core.node.state().changes(&self.prefixes, self.place, MESSAGE_BYTES);
             match changes {
                 Changes::Up { revision, events } => {
                     let behind = revision < self.core.node.state().revision();
-                    place = revision;
+                    self.place = revision;
                     if !events.is_empty() {
                         let events = events.iter().map(|event| (**event).clone()).collect();
-                        self.send(Kind::Events, place, events).await?;
+                        return self.message(Kind::Events, revision, events);
                     }
                     if behind {
                         continue;
@@ -105,32 +116,37 @@ impl Watch {
                 }
                 Changes::Compacted(revision) => {
                     self.core.metrics.watches_compacted.inc();
-                    self.send(Kind::Compacted, revision, Vec::new()).await?;
-                    return Err(Ended);
+                    self.ended = true;
+                    return self.message(Kind::Compacted, revision, Vec::new());
                 }
                 // Only after a snapshot of another past was installed here.
                 Changes::Ahead(revision) => {
-                    self.send(Kind::Compacted, revision, Vec::new()).await?;
-                    return Err(Ended);
+                    self.ended = true;
+                    return self.message(Kind::Compacted, revision, Vec::new());
                 }
             }
             tokio::select! {
-                changed = revisions.changed() => changed.map_err(|_| Ended)?,
-                () = self.sender.closed() => return Err(Ended),
-                () = tokio::time::sleep(self.core.limits.progress_interval) => {
+                changed = self.revisions.changed() => if changed.is_err() {
+                    return self.end("the keeper is stopping");
+                },
+                () = sleep(quiet) => {
                     if !self.core.node.in_touch() {
                         // What happens elsewhere does not come here: the watcher is better off with another keeper.
-                        let _ = self.sender.try_send(Err(Status::unavailable("this keeper has lost its cluster")));
-                        return Err(Ended);
+                        return self.end("this keeper has lost its cluster");
                     }
-                    self.send(Kind::Progress, place, Vec::new()).await?;
+                    return self.message(Kind::Progress, self.place, Vec::new());
                 }
             }
         }
     }
 
-    /// Sends all that is there, in parts; returns its revision.
-    async fn send_state(&self) -> Result<u64, Ended> {
+    fn end(&mut self, reason: &str) -> Message {
+        self.ended = true;
+        Err(Status::unavailable(reason))
+    }
+
+    /// Makes all that is there ready, in parts.
+    fn begin(&mut self) {
         let (revision, items) = {
             let state = self.core.node.state();
             (state.revision(), state.matching(&self.prefixes))
@@ -139,27 +155,20 @@ impl Watch {
         let mut bytes = 0;
         for (key, item) in items {
             if bytes + size(&key, &item) > MESSAGE_BYTES && !part.is_empty() {
-                self.send(Kind::State, revision, std::mem::take(&mut part)).await?;
+                self.ready.push_back((Kind::State, revision, std::mem::take(&mut part)));
                 bytes = 0;
             }
             bytes += size(&key, &item);
             part.push(v1::WatchEvent { item: Some(item.to_proto(&key)), deleted: false });
         }
-        self.send(Kind::StateEnd, revision, part).await?;
-        Ok(revision)
+        self.ready.push_back((Kind::StateEnd, revision, part));
+        self.place = revision;
     }
 
-    async fn send(&self, kind: Kind, revision: u64, events: Vec<v1::WatchEvent>) -> Result<(), Ended> {
-        let message =
-            v1::WatchResponse { kind: kind.into(), revision, events, cluster_id: self.core.cluster_id() };
-        match self.sender.send_timeout(Ok(message), SEND_TIMEOUT).await {
-            Ok(()) => Ok(()),
-            Err(mpsc::error::SendTimeoutError::Closed(_)) => Err(Ended),
-            Err(mpsc::error::SendTimeoutError::Timeout(_)) => {
-                tracing::warn!(prefixes = self.prefixes.join(" "), "a watcher takes nothing, it is cut off");
-                Err(Ended)
-            }
-        }
+    #[allow(clippy::unnecessary_wraps, reason = "it is what the stream gives")]
+    fn message(&self, kind: Kind, revision: u64, events: Vec<v1::WatchEvent>) -> Message {
+        let cluster_id = self.core.cluster_id();
+        Ok(v1::WatchResponse { kind: kind.into(), revision, events, cluster_id })
     }
 }
 
