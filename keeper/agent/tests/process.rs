@@ -23,11 +23,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn binary() -> PathBuf {
     let target = std::env::current_exe().unwrap();
     let binary = target.parent().and_then(|deps| deps.parent()).unwrap().join("examples/process");
-    let built = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--package", "carillon-agent", "--example", "process"])
-        .status()
-        .unwrap();
-    assert!(built.success() && binary.exists(), "{} is not there", binary.display());
+    assert!(
+        binary.exists(),
+        "{} is not there: cargo build -p carillon-agent --example process",
+        binary.display()
+    );
     binary
 }
 
