@@ -160,6 +160,8 @@ impl Client {
 
     /// `Refused`: it is over.
     pub async fn keep_alive(&self, lease: u64) -> Result<(), Failure> {
-        within(self.inner.clone().lease_keep_alive(v1::LeaseKeepAliveRequest { lease })).await.map(drop)
+        within(self.inner.clone().lease_keep_alive(v1::LeaseKeepAliveRequest { lease, ..Default::default() }))
+            .await
+            .map(drop)
     }
 }
