@@ -364,7 +364,8 @@ async fn a_leader_that_is_cut_off_keeps_no_lease_alive() {
     }
     tokio::time::sleep(Duration::from_secs(4)).await;
     let mut client = cluster.client(leader).await;
-    let refused = client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease }).await.unwrap_err();
+    let refused =
+        client.lease_keep_alive(v1::LeaseKeepAliveRequest { lease, ..Default::default() }).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable, "another may lead, and end it");
     cluster.stop_all().await;
 }
