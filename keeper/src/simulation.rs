@@ -357,7 +357,7 @@ async fn stalled_leader(all: Clients) {
             all.trace.tell("released");
         }
         for name in KEEPERS {
-            let request = v1::LeaseKeepAliveRequest { lease: kept };
+            let request = v1::LeaseKeepAliveRequest { lease: kept, ..Default::default() };
             let answer = all.client(name).lease_keep_alive(request).await;
             if let Err(status) = &answer {
                 all.trace.tell(&format!("not kept alive through {name}: {:?}", status.code()));
