@@ -116,6 +116,16 @@ impl Receivers {
     }
 }
 
+impl Shared {
+    /// A registry has gone. What it had stored and not sent is in the logs, and the owners that follow it may know our
+    /// wildcards since long: they announce nothing.
+    fn look_at_the_logs(&self) {
+        let routes = self.routes.borrow();
+        let wild = routes.by_filter.iter().filter(|(filter, _)| topic::is_wildcard(filter));
+        wild.flat_map(|(_, inlets)| inlets).for_each(|inlet| inlet.refresh.notify_one());
+    }
+}
+
 /// Keeps attached to each registry instance.
 async fn follow_registries(shared: Arc<Shared>, stop: CancellationToken) {
     let mut registries = shared.directory.watch(Role::Registry);
@@ -134,6 +144,7 @@ async fn follow_registries(shared: Arc<Shared>, stop: CancellationToken) {
             if !is_alive {
                 stop.cancel();
                 shared.routed.lost(&key.0, key.1);
+                shared.look_at_the_logs();
             }
             is_alive
         });

@@ -203,12 +203,12 @@ impl Home {
         let mut due_refresh = false;
         let mut commands = Vec::with_capacity(TURN);
         let mut messages = Vec::with_capacity(TURN);
+        let mut is_routed = self.shared.receivers.is_routed(&self.filter);
         loop {
             let pause = self.pause_until;
             // A message on a topic that is new to the share says that all before it was seen. So after a gap, which is what a
             // refresh is for, the cursors are asked for first.
-            let is_whole =
-                !due_refresh && !self.is_refreshing && self.shared.receivers.is_routed(&self.filter);
+            let is_whole = !due_refresh && !self.is_refreshing && is_routed;
             tokio::select! {
                 biased;
                 () = self.refresh.notified() => due_refresh = true,
@@ -241,6 +241,9 @@ impl Home {
                 () = tokio::time::sleep_until(pause.unwrap_or_else(Instant::now)), if pause.is_some() => {
                     self.pause_until = None;
                 }
+                // Nothing says for sure when it is again: a refresh is due just before a route counts, and the registry
+                // that was waited for may have gone.
+                () = tokio::time::sleep(RETRY), if !is_routed => {}
                 () = stop.cancelled() => return End::Stopped,
                 _ = self.live.recv_many(&mut messages, TURN), if is_whole => {
                     for message in messages.drain(..) {
@@ -248,6 +251,10 @@ impl Home {
                     }
                 }
             }
+            let was_routed = is_routed;
+            is_routed = self.shared.receivers.is_routed(&self.filter);
+            // What was stored meanwhile may never have been sent to us.
+            due_refresh |= is_routed && !was_routed;
             if due_refresh && !self.is_refreshing && self.pause_until.is_none() {
                 (due_refresh, self.is_refreshing) = (false, true);
                 let positions = self.session.positions();

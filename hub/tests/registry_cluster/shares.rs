@@ -1,9 +1,12 @@
 //! Shared subscriptions, seen from where two gateways and a publisher stand.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use carillon_agent::{Agent, Instance, Role};
+use carillon_hub::peers::GRPC;
 use carillon_hub::registry::OwnerClient;
+use carillon_proto::topic::slot_of;
 use carillon_proto::v1::{
     self, broadcast_job, saver_reply, saver_request::Op, settlement::Outcome, shares_down, shares_up,
 };
@@ -287,6 +290,76 @@ async fn a_home_that_was_deposed_writes_nothing_over_what_its_successor_has_writ
         }
         other => panic!("{other:?}"),
     }
+    cluster.stop().await;
+}
+
+/// A registry that is in discovery, owns nothing, and cannot be reached, until it is stopped.
+async fn unreachable_registry(cluster: &Cluster) -> Agent {
+    let agent = Agent::start(carillon_agent::Options::new(vec![cluster.keeper.endpoint()]));
+    agent.register(Instance {
+        id: "unreachable".into(),
+        incarnation: 1,
+        roles: vec![Role::Registry],
+        addresses: BTreeMap::from([(GRPC.to_owned(), "127.0.0.1:1".to_owned())]),
+        labels: BTreeMap::new(),
+        draining: true,
+    });
+    registries(cluster, 2).await;
+    agent
+}
+
+/// Waits until so many are known.
+async fn registries(cluster: &Cluster, count: usize) {
+    let directory = cluster.directory();
+    let known = async || (directory.instances(Role::Registry).len() == count).then_some(());
+    eventually("the registries are known", known).await;
+}
+
+/// As an owner does that ends before it can tell anybody.
+async fn stored_and_not_sent(cluster: &Cluster, topic: &str, payload: &str) {
+    let slot = slot_of(topic);
+    let epoch = cluster.slot_epochs()[slot as usize].epoch;
+    let message = v1::Message { epoch, seq: 1, stored: true, ..message(topic, payload, 1) };
+    let append = v1::Append { slot, message: Some(message), log: true, ..v1::Append::default() };
+    match cluster.directory().ask_saver(Op::Append(append)).await.unwrap() {
+        saver_reply::Result::Appended(_) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_share_that_waits_for_a_registry_goes_on_when_that_has_gone() {
+    let (cluster, owners) = cluster().await;
+    let mut one = Stream::open(&cluster).await;
+    one.join(1, WORK, 10, 0).await;
+    let registry = unreachable_registry(&cluster).await;
+    // By what is settled the share notices that it must wait.
+    publish(&owners, "demo/work/1", 0..1).await;
+    one.take(1).await;
+    tokio::time::sleep(MOMENT).await;
+    publish(&owners, "demo/work/1", 1..2).await;
+    one.nothing().await;
+    registry.stop().await;
+    registries(&cluster, 1).await;
+    publish(&owners, "demo/work/1", 2..4).await;
+    let taken: Vec<String> = one.take(3).await.into_iter().map(|(_, text)| text).collect();
+    assert_eq!(taken, texts(1..4));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_a_registry_that_has_gone_had_stored_and_not_sent_is_found() {
+    let (cluster, owners) = cluster().await;
+    let mut one = Stream::open(&cluster).await;
+    one.join(1, WORK, 10, 0).await;
+    let registry = unreachable_registry(&cluster).await;
+    stored_and_not_sent(&cluster, "demo/work/new", "0").await;
+    one.nothing().await;
+    registry.stop().await;
+    // Well before the logs are looked at anyway.
+    assert_eq!(one.take(1).await, [(1, "0".into())]);
+    publish(&owners, "demo/work/new", 1..2).await;
+    assert_eq!(one.take(1).await, [(1, "1".into())]);
     cluster.stop().await;
 }
 
