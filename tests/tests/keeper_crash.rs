@@ -145,7 +145,7 @@ async fn killed_at_any_step_of_writing_it_loses_nothing() {
         }
         alone.crash(true, Call::Sync, "/log/", nth, How::KillBefore).await;
     }
-    println!("{} values acknowledged of {}", alone.acked.len(), alone.asked);
+    eprintln!("{} values acknowledged of {}", alone.acked.len(), alone.asked);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -157,7 +157,7 @@ async fn killed_while_it_gives_up_old_log_files_it_loses_nothing() {
     for how in [How::KillBefore, How::KillAfter] {
         alone.crash(false, Call::Unlink, "/log/", 1, how).await;
     }
-    println!("{} values acknowledged of {}", alone.acked.len(), alone.asked);
+    eprintln!("{} values acknowledged of {}", alone.acked.len(), alone.asked);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -175,7 +175,7 @@ async fn a_disk_that_fails_ends_the_process() {
         alone.started().await;
         alone.check().await;
     }
-    println!("{} values acknowledged of {}", alone.acked.len(), alone.asked);
+    eprintln!("{} values acknowledged of {}", alone.acked.len(), alone.asked);
 }
 
 /// The newest file in a directory of the keeper's.

@@ -90,5 +90,5 @@ async fn a_lease_that_is_kept_alive_outlives_keepers_that_stand_still() {
         stop.store(true, Ordering::Relaxed);
         assert!(task.await.unwrap(), "a lease was over while it was held");
     }
-    println!("{} keep-alives", kept.load(Ordering::Relaxed));
+    eprintln!("{} keep-alives", kept.load(Ordering::Relaxed));
 }

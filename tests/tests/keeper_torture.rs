@@ -18,9 +18,9 @@ async fn one_run(number: u64) {
         return tools::missing("root, to make network namespaces with ip,");
     }
     let plan = Plan::new(seed(number), Duration::from_secs(18));
-    println!("seed {}", plan.seed);
+    eprintln!("seed {}", plan.seed);
     let report = torture::run(&plan).await.unwrap_or_else(|error| panic!("{error}"));
-    println!("seed {}: {report}", plan.seed);
+    eprintln!("seed {}: {report}", plan.seed);
     assert!(report.done >= 500, "too few operations to say anything: {}", report.done);
 }
 
