@@ -77,7 +77,7 @@ pub struct KeeperOptions<L = TcpListener> {
     pub cluster_id: Option<String>,
     /// `host:port` that others reach this node at; None: the listener's address.
     pub advertise: Option<String>,
-    /// `host:port` of all keepers that are to form the cluster, this one among them; the first founds it. Empty: this
+    /// `host:port` of all keepers that are to form the cluster, this one among them; the first by name founds it. Empty: this
     /// node alone.
     pub peers: Vec<String>,
     /// Where its metrics go, until it is stopped.

@@ -18,7 +18,7 @@ use carillon_proto::v1;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::impls::ProgressResponder;
-use openraft::{BasicNode, Config, Instant as _, Raft, SnapshotPolicy};
+use openraft::{BasicNode, Config, Instant as _, Raft, RaftMetrics, SnapshotPolicy};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -202,10 +202,7 @@ impl Node {
     pub(crate) fn has_majority(&self) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        let voters = metrics.membership_config.membership().voter_ids().count();
-        let recent = Duration::from_millis(ELECTION_MAX_MS);
-        metrics.state.is_leader()
-            && (voters == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < recent))
+        metrics.state.is_leader() && hears_majority(&metrics, Duration::from_millis(ELECTION_MAX_MS))
     }
 
     /// Is this node all there is?
@@ -218,8 +215,7 @@ impl Node {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         if metrics.state.is_leader() {
-            let voters = metrics.membership_config.membership().voter_ids().count();
-            return voters == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < TOUCH);
+            return hears_majority(&metrics, TOUCH);
         }
         metrics.current_leader.is_some() && self.heard.lock().elapsed() < TOUCH
     }
@@ -393,6 +389,12 @@ impl Node {
         }
         self.log.close();
     }
+}
+
+/// Has the leader heard a majority within this time? Alone, it is one.
+fn hears_majority(metrics: &RaftMetrics<TypeConfig>, within: Duration) -> bool {
+    metrics.membership_config.membership().voter_ids().count() == 1
+        || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < within)
 }
 
 /// Did a call not even reach the other node?

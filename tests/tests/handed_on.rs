@@ -39,6 +39,7 @@ async fn a_connection_that_ends_while_the_saver_is_away_is_told_when_it_is_back(
     // A clean start that keeps nothing needs no saver.
     let clean = Device::connect(first, &Connect { keep_alive: 600, ..Connect::new(5, "forgets") }).await;
     assert!(!clean.is_present);
+    // A request waits for the saver's stream for 10 s: only what is told again after that is heard below.
     tokio::time::sleep(Duration::from_secs(12)).await;
     cluster.restart_hub().await;
     carillon_tests::eventually("the saver has heard it", || async {

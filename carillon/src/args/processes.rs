@@ -99,7 +99,7 @@ pub struct KeeperArgs {
     /// How others reach the gRPC address, as host:port, when it is not the one it listens on
     #[arg(long, env = "CARILLON_ADVERTISE_GRPC", value_name = "HOST:PORT", value_parser = host_port)]
     pub advertise_grpc: Option<String>,
-    /// All keepers that are to form the cluster, this one among them; the first one founds it [default: this one alone]
+    /// All keepers that are to form the cluster, this one among them; the first by name founds it [default: this one alone]
     #[arg(long, env = "CARILLON_PEERS", value_delimiter = ',', value_name = "HOST:PORT", value_parser = host_port)]
     pub peers: Vec<String>,
     /// The cluster that it must be; a new one gets this id [default: whichever]

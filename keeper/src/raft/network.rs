@@ -21,7 +21,7 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::type_config::alias::WatchReceiverOf;
-use openraft::{BasicNode, Instant as _, OptionalSend, RaftMetrics};
+use openraft::{BasicNode, OptionalSend, RaftMetrics};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -105,10 +105,8 @@ impl Network {
 
     /// As the leader: has a majority been heard lately?
     fn in_touch(&self) -> bool {
-        let Some(metrics) = self.metrics.get() else { return false };
-        let metrics = metrics.borrow_watched();
-        metrics.membership_config.membership().voter_ids().count() == 1
-            || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < super::TOUCH)
+        let metrics = self.metrics.get();
+        metrics.is_some_and(|metrics| super::hears_majority(&metrics.borrow_watched(), super::TOUCH))
     }
 
     /// A client for a member. It connects when first used.
