@@ -23,6 +23,7 @@ mod move_away;
 mod outbound;
 mod pace;
 mod parked;
+mod passed;
 mod publish;
 mod publishing;
 mod reached;

@@ -101,6 +101,32 @@ async fn a_device_that_comes_back_soon_goes_on_without_the_saver_or_an_event() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_subscribes_while_another_is_away_gets_nothing_from_before() {
+    let cluster = Cluster::start(1, "").await;
+    let server = cluster.gateways[0].mqtt;
+    let options = Options::kept(5, "alice");
+    drop(subscribed(server, &options, "demo/g/+").await);
+    parked(&cluster, 1.0).await;
+    let publish =
+        |payload: &str| cluster.post("messages", json!({ "topic": "g/news", "payload": payload, "store": true }));
+    publish("old").await;
+    // Into the gateway, whose hold for alice remembers it.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    // The kernel gives each connection to one of two shards: some come to alice's.
+    let mut others = Vec::new();
+    for n in 0..8 {
+        others.push(subscribed(server, &Options::kept(5, &format!("bob{n}")), "demo/g/+").await);
+    }
+    publish("new").await;
+    for other in &mut others {
+        assert_eq!(text(other).await, "new");
+    }
+    let mut alice = Device::connected(server, &options).await;
+    assert!(alice.session_present);
+    assert_eq!([text(&mut alice).await, text(&mut alice).await], ["old", "new"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_not_acked_comes_again_with_dup_and_in_order() {
     let cluster = Cluster::start(1, "").await;
     let server = cluster.gateways[0].mqtt;

@@ -1,6 +1,6 @@
 //! Topics on which a device is behind: their logs are read, as far as its window has room, until it has caught up.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use carillon_proto::v1;
@@ -189,7 +189,7 @@ impl Shard {
         topic: TopicId,
         options: SubOptions,
         granted: &Granted,
-        passed: &[(Arc<str>, u64, u64)],
+        passed: &HashMap<Arc<str>, (u64, u64)>,
     ) {
         if options.qos == 0 || !self.conns.contains(index as usize) {
             return;
@@ -205,7 +205,7 @@ impl Shard {
                     self.fall_behind(index, &name, backlog.after, backlog.head, backlog.sent);
                 }
             }
-            for (name, prev, seq) in passed {
+            for (name, (prev, seq)) in passed {
                 let Some(target) = self.target(index, name).filter(|target| target.exact.is_none()) else {
                     continue;
                 };

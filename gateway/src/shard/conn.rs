@@ -17,7 +17,7 @@ use super::outbound::Outbound;
 use super::publishing::Publishing;
 use super::reached::Reached;
 use super::timers::Tick;
-use super::topics::{SubOptions, SubRef, TopicId};
+use super::topics::{Hold, SubOptions, SubRef};
 use crate::admission::SourceId;
 use crate::auth::{Rights, Stamp};
 use crate::codec::Version;
@@ -195,7 +195,7 @@ pub struct PendingSubscribe {
 pub enum PendingEntry {
     Refused(u8),
     Wanted {
-        topic: TopicId,
+        hold: Hold,
         options: SubOptions,
         identifier: u32,
     },

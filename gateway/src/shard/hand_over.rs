@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::close::Reason;
 use super::parked::{Due, Holding, Left, Owed};
-use super::topics::{Sub, TopicId};
+use super::topics::{Hold, Sub};
 use super::{Shard, broadcast};
 use crate::event::{ConnId, Event};
 
@@ -35,11 +35,11 @@ impl Shard {
     /// From now on this shard hears what a session that is to come here is owed. Also if its connection has ended meanwhile:
     /// what was begun is ended in order.
     pub(super) fn prepare(&mut self, from: ConnId, conn: ConnId, topics: Vec<(Arc<str>, bool)>) {
-        let mut held: Vec<(TopicId, bool)> = Vec::with_capacity(topics.len());
+        let mut held: Vec<(Hold, bool)> = Vec::with_capacity(topics.len());
         for (name, is_wanted) in topics {
-            let (topic, name) = self.topics.hold(&name);
+            let (hold, name) = self.topics.hold(&name);
             self.link.join_in_force(&name, self.index);
-            held.push((topic, is_wanted));
+            held.push((hold, is_wanted));
         }
         self.parking.keep(conn, Holding::new(held));
         let before = self.link.shard(from.shard.into()).clone();
@@ -49,14 +49,14 @@ impl Shard {
     /// The other shard hears all from now on: the session is its own.
     pub(super) fn yield_to(&mut self, from: ConnId, to: ConnId) {
         let left = self.take_parked(from).and_then(|(mut left, holding)| {
-            let holds: Vec<TopicId> = holding.topics().collect();
-            let is_whole = left.owed.take_in(holding, &self.topics);
+            let holds: Vec<Hold> = holding.holds().collect();
+            let is_whole = left.owed.take_in(holding, &self.topics).is_ok();
             // What waits behind a broadcast here reaches nobody there. It is newer than what has come by.
             for delivery in self.jobs.iter().flat_map(broadcast::Job::waiting) {
                 left.owe(delivery);
             }
-            for topic in holds {
-                self.release(topic);
+            for hold in holds {
+                self.release(hold);
             }
             self.whole(left, is_whole)
         });
@@ -68,11 +68,11 @@ impl Shard {
     pub(super) fn hand_over(&mut self, from: ConnId, clean: bool) -> Option<Box<Left>> {
         self.set_aside(from, clean);
         let (mut left, holding) = self.take_parked(from)?;
-        left.holds = holding.topics().collect();
-        let is_whole = left.owed.take_in(holding, &self.topics);
+        left.holds = holding.holds().collect();
+        let is_whole = left.owed.take_in(holding, &self.topics).is_ok();
         if !is_whole {
-            for topic in std::mem::take(&mut left.holds) {
-                self.release(topic);
+            for hold in std::mem::take(&mut left.holds) {
+                self.release(hold);
             }
         }
         self.whole(left, is_whole)
@@ -107,14 +107,14 @@ impl Shard {
     pub(super) fn handed_over(&mut self, id: ConnId, left: Option<Box<Left>>) {
         let index = self.find(id);
         let holding = self.parking.let_go(id).unwrap_or_default();
-        let mut holds: Vec<TopicId> = holding.topics().collect();
+        let mut holds: Vec<Hold> = holding.holds().collect();
         let left = left.and_then(|mut left| {
             // What waits behind a broadcast here is still to be delivered here.
             let waits = |delivery: &Arc<_>| {
                 self.jobs.iter().flat_map(broadcast::Job::waiting).any(|other| Arc::ptr_eq(other, delivery))
             };
             left.owed.held.retain(|delivery| !waits(delivery));
-            let is_whole = left.owed.take_in(holding, &self.topics);
+            let is_whole = left.owed.take_in(holding, &self.topics).is_ok();
             self.whole(*left, is_whole)
         });
         match (index, left) {
@@ -130,8 +130,8 @@ impl Shard {
             }
             (None, None) => {}
         }
-        for topic in holds {
-            self.release(topic);
+        for hold in holds {
+            self.release(hold);
         }
     }
 
@@ -141,15 +141,15 @@ impl Shard {
         let Left { session: mut before, subs, owed: Owed { due, held }, holds } = left;
         let mut is_routed = true;
         for (name, sub) in &subs {
-            let (topic, name) = self.topics.hold(name);
+            let (hold, name) = self.topics.hold(name);
             is_routed &= self.link.join_in_force(&name, self.index);
-            let sub = self.topics.subscribe(topic, Sub { conn: index, ..*sub });
+            let sub = self.topics.subscribe(hold.topic, Sub { conn: index, ..*sub });
             self.conns[index as usize].subs.push(sub);
             self.link.metrics().subscriptions.inc();
-            self.release(topic);
+            self.release(hold);
         }
-        for topic in holds {
-            self.release(topic);
+        for hold in holds {
+            self.release(hold);
         }
         if !is_routed {
             // A route was given back in between: from the saver, as if it had been another gateway.

@@ -18,8 +18,9 @@ use super::close::Reason;
 use super::conn::{Conn, Phase, Session, Waiting};
 use super::connect::online;
 use super::deliver::HELD_MAX;
+use super::passed::TooMany;
 use super::timers::{Tick, ticks};
-use super::topics::{PASSED_MAX, Sub, TopicId, Topics};
+use super::topics::{Hold, Sub, TopicId, Topics};
 use crate::codec::QoS;
 use crate::delivery::Delivery;
 use crate::event::ConnId;
@@ -45,7 +46,7 @@ struct Parked {
 #[derive(Default)]
 pub struct Holding {
     /// In the order of the subscriptions; whether messages that are in no log are wanted.
-    topics: Vec<(TopicId, bool)>,
+    topics: Vec<(Hold, bool)>,
     /// Not in any log, came while nobody was there.
     held: Vec<Arc<Delivery>>,
 }
@@ -56,7 +57,7 @@ pub struct Left {
     pub subs: Vec<(Arc<str>, Sub)>,
     pub owed: Owed,
     /// Holds on the topics, in the shard that goes on with it: to be released when it does.
-    pub holds: Vec<TopicId>,
+    pub holds: Vec<Hold>,
 }
 
 /// What a session is to be sent when it goes on.
@@ -83,13 +84,10 @@ impl Owed {
         self.due.entry(topic.clone()).or_default()
     }
 
-    /// What came by on the topics that were held for it in a shard. False: more topics than could be remembered.
-    pub(super) fn take_in(&mut self, holding: Holding, topics: &Topics) -> bool {
-        for &(topic, _) in &holding.topics {
-            if topics.passed_len(topic) >= PASSED_MAX {
-                return false;
-            }
-            for (name, prev, seq) in topics.passed(topic) {
+    /// What came by on the topics that were held for it in a shard.
+    pub(super) fn take_in(&mut self, holding: Holding, topics: &Topics) -> Result<(), TooMany> {
+        for hold in holding.holds() {
+            for (name, (prev, seq)) in topics.passed_since(hold)? {
                 self.note_passed(&name, prev, seq);
             }
         }
@@ -100,7 +98,7 @@ impl Owed {
                 self.held.push(delivery);
             }
         }
-        true
+        Ok(())
     }
 
     /// A stored message came by, or several: `prev` of the first, seq of the last.
@@ -148,20 +146,20 @@ impl Left {
 
 impl Holding {
     /// With whether messages that are in no log are wanted.
-    pub fn new(topics: Vec<(TopicId, bool)>) -> Self {
+    pub fn new(topics: Vec<(Hold, bool)>) -> Self {
         Holding { topics, held: Vec::new() }
     }
 
-    pub fn topics(&self) -> impl Iterator<Item = TopicId> {
-        self.topics.iter().map(|(topic, _)| *topic)
+    pub fn holds(&self) -> impl Iterator<Item = Hold> {
+        self.topics.iter().map(|(hold, _)| *hold)
     }
 }
 
 impl Parking {
     /// From now on messages on these topics, which are held, are kept for a session.
     pub(super) fn keep(&mut self, id: ConnId, holding: Holding) {
-        for (topic, _) in &holding.topics {
-            self.by_topic.entry(*topic).or_default().push(id);
+        for hold in holding.holds() {
+            self.by_topic.entry(hold.topic).or_default().push(id);
         }
         self.holdings.insert(id, holding);
     }
@@ -169,11 +167,11 @@ impl Parking {
     /// No more; gives what there is. The holds on the topics are the caller's now.
     pub(super) fn let_go(&mut self, id: ConnId) -> Option<Holding> {
         let holding = self.holdings.remove(&id)?;
-        for (topic, _) in &holding.topics {
-            if let Some(ids) = self.by_topic.get_mut(topic) {
+        for Hold { topic, .. } in holding.holds() {
+            if let Some(ids) = self.by_topic.get_mut(&topic) {
                 ids.retain(|other| *other != id);
                 if ids.is_empty() {
-                    self.by_topic.remove(topic);
+                    self.by_topic.remove(&topic);
                 }
             }
         }
@@ -190,7 +188,7 @@ impl Parking {
         for topic in topics {
             for id in self.by_topic.get(topic).into_iter().flatten() {
                 let Some(holding) = self.holdings.get_mut(id) else { continue };
-                let wants = holding.topics.iter().any(|(held, is_wanted)| held == topic && *is_wanted);
+                let wants = holding.topics.iter().any(|(hold, is_wanted)| hold.topic == *topic && *is_wanted);
                 let has_it = holding.held.last().is_some_and(|last| Arc::ptr_eq(last, delivery));
                 if !wants || has_it {
                     continue;
@@ -315,8 +313,8 @@ impl Shard {
     pub(super) fn end_parked(&mut self, id: ConnId, why: Option<Reason>) -> bool {
         let Some((left, holding, ended)) = self.parking.take(id) else { return false };
         self.link.metrics().parked.dec();
-        for topic in holding.topics() {
-            self.release(topic);
+        for hold in holding.holds() {
+            self.release(hold);
         }
         let key = left.session.key;
         self.give_up_parked(left.session, &why.unwrap_or(ended));
@@ -390,8 +388,8 @@ mod tests {
 
     impl Side {
         fn keep(&mut self) {
-            let (topic, _) = self.topics.hold(FILTER);
-            self.parking.keep(ID, Holding::new(vec![(topic, true)]));
+            let (hold, _) = self.topics.hold(FILTER);
+            self.parking.keep(ID, Holding::new(vec![(hold, true)]));
         }
 
         fn come_by(&mut self, delivery: &Arc<Delivery>) {
@@ -413,10 +411,10 @@ mod tests {
 
         fn let_go(&mut self, owed: &mut Owed) {
             let holding = self.parking.let_go(ID).unwrap();
-            let topics: Vec<TopicId> = holding.topics().collect();
-            assert!(owed.take_in(holding, &self.topics));
-            for topic in topics {
-                self.topics.release(topic);
+            let holds: Vec<Hold> = holding.holds().collect();
+            owed.take_in(holding, &self.topics).unwrap();
+            for hold in holds {
+                self.topics.release(hold);
             }
         }
     }

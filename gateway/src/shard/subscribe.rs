@@ -1,6 +1,7 @@
 //! SUBSCRIBE and UNSUBSCRIBE. While one is under way nothing more is read from the connection, so that packets take
 //! effect in the order they were sent.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use carillon_proto::{share, topic, v1};
@@ -8,7 +9,7 @@ use carillon_proto::{share, topic, v1};
 use super::close::Reason;
 use super::conn::{Conn, PendingEntry, PendingSubscribe};
 use super::timers::ticks;
-use super::topics::{Sub, SubOptions, SubRef, TopicId};
+use super::topics::{Hold, Sub, SubOptions, SubRef, TopicId};
 use super::{Shard, shared};
 use crate::auth;
 use crate::codec::{self, RetainHandling, Subscribe, SubscribeOptions, Unsubscribe, reason};
@@ -133,7 +134,7 @@ impl Shard {
         let conn = &self.conns[index as usize];
         let existed = self.subscription(conn, full).is_some();
         let is_own = conn.session.as_ref().is_some_and(|session| session.is_own(full));
-        let (topic, name) = self.topics.hold(full);
+        let (hold, name) = self.topics.hold(full);
         let subscription = v1::Subscription {
             filter: full.to_owned(),
             qos: options.qos.into(),
@@ -143,7 +144,7 @@ impl Shard {
             relative: options.relative,
         };
         wanted.push(Wanted { filter: name, subscription, retain_handling, existed, is_own, share: None });
-        PendingEntry::Wanted { topic, options, identifier }
+        PendingEntry::Wanted { hold, options, identifier }
     }
 
     fn ask(&mut self, index: u32, pending: PendingSubscribe, wanted: Vec<Wanted>) {
@@ -192,14 +193,14 @@ impl Shard {
     /// Gives back what a SUBSCRIBE under way held.
     pub(super) fn release_pending(&mut self, pending: &PendingSubscribe) {
         for entry in &pending.entries {
-            if let PendingEntry::Wanted { topic, .. } = entry {
-                self.release(*topic);
+            if let PendingEntry::Wanted { hold, .. } = entry {
+                self.release(*hold);
             }
         }
     }
 
-    pub(super) fn release(&mut self, topic: TopicId) {
-        if let Some(name) = self.topics.release(topic) {
+    pub(super) fn release(&mut self, hold: Hold) {
+        if let Some(name) = self.topics.release(hold) {
             self.link.leave(&name, self.index);
         }
     }
@@ -225,7 +226,8 @@ impl Shard {
                     let outcome = outcomes.next().unwrap_or(Err(reason::UNSPECIFIED_ERROR));
                     codes.push(self.share_joined(index, (member, options, identifier), outcome));
                 }
-                PendingEntry::Wanted { topic, options, identifier } => {
+                PendingEntry::Wanted { hold, options, identifier } => {
+                    let topic = hold.topic;
                     let name = self.topics.get(topic).name.clone();
                     let session = self.conns[index as usize].session.as_ref();
                     let is_own = session.is_some_and(|session| session.is_own(&name));
@@ -233,18 +235,21 @@ impl Shard {
                     let outcome = outcomes.next().unwrap_or(Err(reason::UNSPECIFIED_ERROR));
                     // A further app's token may have ended meanwhile.
                     let may = is_own || session.is_some_and(|session| session.guest_ref(&name).is_some());
+                    // What came by on a filter's topics meanwhile is due to a kept session.
+                    let passed = if is_kept { self.topics.passed_since(hold) } else { Ok(HashMap::new()) };
                     match if may { outcome } else { Err(reason::NOT_AUTHORIZED) } {
+                        // More than can be remembered: it is not known what the device would be missing.
+                        Ok(_) if passed.is_err() => codes.push(reason::UNSPECIFIED_ERROR),
                         Ok(mut granted) => {
                             self.go_on_after(index, topic, &sent, &mut granted);
                             self.install(index, topic, options, identifier, &granted);
                             codes.push(options.qos);
-                            // What came by on a filter's topics meanwhile is due to a kept session.
-                            let passed = if is_kept { self.topics.passed(topic) } else { Vec::new() };
+                            let passed = passed.unwrap_or_default();
                             installed.push((topic, options, identifier, granted, passed));
                         }
                         Err(code) => codes.push(code),
                     }
-                    self.release(topic);
+                    self.release(hold);
                 }
             }
         }

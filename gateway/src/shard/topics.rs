@@ -8,6 +8,8 @@ use carillon_proto::topic;
 use slab::Slab;
 use smallvec::SmallVec;
 
+use super::passed::{Passed, TooMany};
+
 /// Index of a topic name or filter in [`Topics`].
 pub type TopicId = u32;
 
@@ -38,21 +40,23 @@ pub struct SubRef {
     pub position: u32,
 }
 
-type Passed = HashMap<Arc<str>, (u64, u64)>;
+/// Keeps a topic here from when it was taken, with what comes by on it, until [`Topics::release`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hold {
+    pub topic: TopicId,
+    /// Of a filter: see [`Passed`].
+    since: u64,
+}
 
 #[derive(Debug)]
 pub struct Topic {
     pub name: Arc<str>,
     pub subs: SmallVec<[Sub; 1]>,
-    /// SUBSCRIBEs under way that will add to it.
+    /// For SUBSCRIBEs under way that will add to it, and for sessions that are parked.
     holds: u32,
-    /// Of a filter, while SUBSCRIBEs are under way: topics on which stored messages came by, with the `prev` of the first
-    /// and the seq of the last.
+    /// Of a filter, while it is held.
     passed: Option<Box<Passed>>,
 }
-
-/// Topics remembered of those that came by; a SUBSCRIBE takes milliseconds.
-pub const PASSED_MAX: usize = 10_000;
 
 impl Topic {
     pub fn is_wild(&self) -> bool {
@@ -90,7 +94,7 @@ impl Topics {
     }
 
     /// Makes sure that the topic is there and stays until [`release`](Self::release).
-    pub fn hold(&mut self, filter: &str) -> (TopicId, Arc<str>) {
+    pub fn hold(&mut self, filter: &str) -> (Hold, Arc<str>) {
         let id = match self.index.get(filter) {
             Some(&id) => id,
             None => {
@@ -110,41 +114,36 @@ impl Topics {
         };
         let topic = &mut self.topics[id as usize];
         topic.holds += 1;
-        (id, topic.name.clone())
+        let since = if topic.is_wild() { topic.passed.get_or_insert_default().begin() } else { 0 };
+        (Hold { topic: id, since }, topic.name.clone())
     }
 
     /// Some(name): nobody is interested any more, the topic is gone.
-    pub fn release(&mut self, id: TopicId) -> Option<Arc<str>> {
-        let topic = &mut self.topics[id as usize];
+    pub fn release(&mut self, hold: Hold) -> Option<Arc<str>> {
+        let topic = &mut self.topics[hold.topic as usize];
         topic.holds -= 1;
-        if topic.holds == 0 {
-            topic.passed = None;
+        if let Some(passed) = &mut topic.passed {
+            passed.end(hold.since);
+            if passed.is_empty() {
+                topic.passed = None;
+            }
         }
-        self.remove_if_unused(id)
+        self.remove_if_unused(hold.topic)
     }
 
     /// A stored message came by on a filter: who is about to subscribe to it must not miss it.
     pub fn note_passed(&mut self, id: TopicId, name: &Arc<str>, prev: u64, seq: u64) {
-        let topic = &mut self.topics[id as usize];
-        if topic.holds == 0 {
-            return;
-        }
-        let passed = topic.passed.get_or_insert_default();
-        if let Some((_, last)) = passed.get_mut(name) {
-            *last = seq;
-        } else if passed.len() < PASSED_MAX {
-            passed.insert(name.clone(), (prev, seq));
+        if let Some(passed) = &mut self.topics[id as usize].passed {
+            passed.note(name, prev, seq);
         }
     }
 
-    /// What has been noted since the SUBSCRIBEs under way began: topic, `prev` of the first, seq of the last.
-    pub fn passed(&self, id: TopicId) -> Vec<(Arc<str>, u64, u64)> {
-        let passed = self.topics[id as usize].passed.iter().flat_map(|passed| passed.iter());
-        passed.map(|(name, &(prev, seq))| (name.clone(), prev, seq)).collect()
-    }
-
-    pub fn passed_len(&self, id: TopicId) -> usize {
-        self.topics[id as usize].passed.as_ref().map_or(0, |passed| passed.len())
+    /// What has been noted since then: by topic, `prev` of the first, seq of the last.
+    pub fn passed_since(&self, hold: Hold) -> Result<HashMap<Arc<str>, (u64, u64)>, TooMany> {
+        match &self.topics[hold.topic as usize].passed {
+            Some(passed) => passed.since(hold.since),
+            None => Ok(HashMap::new()),
+        }
     }
 
     pub fn subscribe(&mut self, id: TopicId, sub: Sub) -> SubRef {
@@ -205,9 +204,10 @@ mod tests {
     #[test]
     fn the_last_subscriber_takes_a_removed_ones_place() {
         let mut topics = Topics::default();
-        let (id, _) = topics.hold("demo/all");
+        let (hold, _) = topics.hold("demo/all");
+        let id = hold.topic;
         let refs: Vec<SubRef> = (0..3).map(|conn| topics.subscribe(id, sub(conn))).collect();
-        assert_eq!(topics.release(id), None);
+        assert_eq!(topics.release(hold), None);
         let (moved, gone) = topics.unsubscribe(refs[0]);
         assert_eq!((moved, gone), (Some(Moved { conn: 2, topic: id, from: 2, to: 0 }), None));
         assert_eq!(topics.unsubscribe(refs[1]), (None, None));
@@ -219,11 +219,11 @@ mod tests {
     #[test]
     fn wildcards_are_found_until_they_are_gone() {
         let mut topics = Topics::default();
-        let (id, _) = topics.hold("demo/g/+");
+        let (hold, _) = topics.hold("demo/g/+");
         let mut found = SmallVec::new();
         topics.wild_matching("demo/g/a", &mut found);
-        assert_eq!(found.as_slice(), [id]);
-        assert_eq!(topics.release(id).as_deref(), Some("demo/g/+"));
+        assert_eq!(found.as_slice(), [hold.topic]);
+        assert_eq!(topics.release(hold).as_deref(), Some("demo/g/+"));
         found.clear();
         topics.wild_matching("demo/g/a", &mut found);
         assert!(found.is_empty());
