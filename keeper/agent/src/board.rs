@@ -205,6 +205,8 @@ pub(crate) struct Board {
     restored: bool,
     /// What this process wants to be known as, by id.
     pub registrations: BTreeMap<String, Instance>,
+    /// Commands that have been begun here and have no answer yet.
+    pub(crate) carried_out: usize,
     /// Answers to commands that the keeper has not got yet.
     pub answers: VecDeque<v1::AnswerCommandRequest>,
     sinks: HashMap<&'static str, Box<dyn Sink>>,
@@ -223,6 +225,7 @@ impl Board {
             covered: None,
             restored: false,
             registrations: BTreeMap::new(),
+            carried_out: 0,
             answers: VecDeque::new(),
             sinks: HashMap::new(),
             by_role: HashMap::new(),

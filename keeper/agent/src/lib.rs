@@ -172,6 +172,8 @@ impl SlotMap {
 /// A live value: the last known, and a way to wait for the next.
 pub type Live<T> = watch::Receiver<Arc<T>>;
 
+/// The longest wait for the keeper to hear of what commands came to, at a process's end.
+const TOLD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 /// Commands that wait to be taken by [`Agent::commands`]; a further one is answered "busy".
 const COMMAND_QUEUE: usize = 64;
 
@@ -345,14 +347,20 @@ impl Agent {
         admin::Admin::sharing(self.shared.keepers.clone())
     }
 
-    /// Waits until the keeper has got all answers to commands; about a second at most.
+    /// Waits until every command that was begun has its answer and the keeper has got it; [`TOLD_TIMEOUT`] at most.
     async fn told(&self) {
         let told = async {
-            while !self.shared.board.lock().answers.is_empty() {
+            loop {
+                {
+                    let board = self.shared.board.lock();
+                    if board.carried_out == 0 && board.answers.is_empty() {
+                        break;
+                    }
+                }
                 tokio::time::sleep(std::time::Duration::from_millis(10)).await;
             }
         };
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), told).await;
+        let _ = tokio::time::timeout(TOLD_TIMEOUT, told).await;
     }
 
     /// Commands to this process's instances. One receiver a process: a later call takes over from the earlier one.

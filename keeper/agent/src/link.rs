@@ -304,13 +304,18 @@ fn begin(shared: &Arc<Shared>, commands: Vec<v1::CommandRecord>) {
             deadline_ms: record.deadline_ms,
             answer,
         };
-        let sent = shared.commands.lock().0.try_send(command);
-        if sent.is_err() {
+        let Ok(room) = shared.commands.lock().0.clone().try_reserve_owned() else {
             let text = "the instance is busy with other commands";
             shared.board.lock().answer(&record, v1::CommandState::CommandFailed, text);
             continue;
+        };
+        {
+            // Before anyone carries it out: a command that ends the process is among those that are waited for.
+            let mut board = shared.board.lock();
+            board.answer(&record, v1::CommandState::CommandRunning, "");
+            board.carried_out += 1;
         }
-        shared.board.lock().answer(&record, v1::CommandState::CommandRunning, "");
+        room.send(command);
         let shared = shared.clone();
         tokio::spawn(async move {
             // A while longer than its deadline: the answer to a command that was begun in time is still of use.
@@ -324,7 +329,11 @@ fn begin(shared: &Arc<Shared>, commands: Vec<v1::CommandRecord>) {
                 }
                 Err(_) => (v1::CommandState::CommandFailed, "the instance gave no answer in time".to_owned()),
             };
-            shared.board.lock().answer(&record, state, &output);
+            {
+                let mut board = shared.board.lock();
+                board.answer(&record, state, &output);
+                board.carried_out -= 1;
+            }
             shared.wake();
         });
     }

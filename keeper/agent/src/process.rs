@@ -112,6 +112,8 @@ pub async fn run<P: Process>(
     drain(&agent, &mut process, &mut instance).await;
     if let Some(command) = stopped_by {
         let _ = command.answer.send(Ok("stopping".to_owned()));
+        // Those that wait are not carried out any more, and are answered so.
+        drop(commands);
         agent.told().await;
     }
     agent.stop().await;
