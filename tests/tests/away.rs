@@ -107,8 +107,9 @@ async fn who_subscribes_while_another_is_away_gets_nothing_from_before() {
     let options = Options::kept(5, "alice");
     drop(subscribed(server, &options, "demo/g/+").await);
     parked(&cluster, 1.0).await;
-    let publish =
-        |payload: &str| cluster.post("messages", json!({ "topic": "g/news", "payload": payload, "store": true }));
+    let publish = |payload: &str| {
+        cluster.post("messages", json!({ "topic": "g/news", "payload": payload, "store": true }))
+    };
     publish("old").await;
     // Into the gateway, whose hold for alice remembers it.
     tokio::time::sleep(Duration::from_millis(100)).await;

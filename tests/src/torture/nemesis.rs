@@ -220,7 +220,8 @@ impl Nemesis {
                 cluster.nodes[follower].kill().await;
                 std::fs::remove_dir_all(&cluster.nodes[follower].dir)?;
                 // Told of itself alone, as the first node was at its beginning, it would found a cluster of its own.
-                let members = cluster.nodes[..self.members].iter().map(|node| node.grpc.to_string()).collect();
+                let members =
+                    cluster.nodes[..self.members].iter().map(|node| node.grpc.to_string()).collect();
                 cluster.nodes[follower].peers = members;
                 cluster.nodes[follower].start();
                 // It is replaced only while a majority is there: nothing else happens until it is.
