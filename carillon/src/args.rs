@@ -1,6 +1,7 @@
 //! The command line: every command and flag, each flag also an environment variable `CARILLON_…`.
 
 pub mod bench;
+pub mod config;
 pub mod keeper;
 mod people;
 mod processes;
@@ -55,7 +56,7 @@ pub enum Command {
     Revoke(RevokeArgs),
     /// Read and change the cluster's configuration, live
     #[command(subcommand)]
-    Config(ConfigCommand),
+    Config(config::ConfigCommand),
     /// Send all devices of a gateway to other gateways, at a rate, and watch how far it is
     Drain(DrainArgs),
     /// Send some devices of a gateway to emptier gateways

@@ -79,7 +79,8 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let process = Process::open(&args.process, "hub").await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for other processes").await?;
     let http = listen(args.http, "--http", "the API and the console").await?;
-    let agent = process.agent(args.keeper);
+    let labels = args.labels.labels();
+    let agent = process.agent(args.keeper, &args.roles, &labels);
     let cluster = cluster_of(&agent).await;
     let mut advertise = BTreeMap::new();
     advertise.extend(args.advertise_grpc.map(|address| ("grpc".to_owned(), address)));
@@ -93,7 +94,7 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
             http: Some(http),
             data_dir: process.data_dir.path().to_owned(),
             advertise,
-            labels: BTreeMap::new(),
+            labels,
             console: console::router(),
             metrics: process.metrics.clone(),
         },
@@ -110,7 +111,8 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
 /// `carillon gateway`.
 pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let process = Process::open(&args.process, "gateway").await?;
-    let agent = process.agent(args.keeper);
+    let labels = args.labels.labels();
+    let agent = process.agent(args.keeper, &[Role::Gateway], &labels);
     let mut listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
     for listener in &mut listeners {
         listener.advertise = match listener.protocol {
@@ -124,6 +126,7 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
         GatewayOptions {
             instance_id: process.data_dir.instance(""),
             incarnation: process.data_dir.incarnation(),
+            labels,
             listeners,
             shards: args.shards,
             metrics: process.metrics.clone(),
@@ -187,10 +190,14 @@ impl Process {
         Ok(Process { data_dir, ops, metrics })
     }
 
-    /// The agent, with a cache in the data directory.
-    fn agent(&self, keepers: Vec<String>) -> Agent {
+    /// The agent, with a cache in the data directory. It knows who it is from the start: the first configuration, also
+    /// one from the cache, is what is meant for this process.
+    fn agent(&self, keepers: Vec<String>, roles: &[Role], labels: &BTreeMap<String, String>) -> Agent {
         let cache = self.data_dir.path().join(AGENT_CACHE);
-        Agent::start(carillon_agent::Options::new(keepers).with_cache(cache, self.data_dir.instance("")))
+        let id = self.data_dir.instance("");
+        let agent = Agent::start(carillon_agent::Options::new(keepers).with_cache(cache, id.as_str()));
+        agent.identify(&id, roles, labels.clone());
+        agent
     }
 
     /// Serves its metrics and health; the parts are added by the caller.

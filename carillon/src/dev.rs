@@ -82,6 +82,7 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
         GatewayOptions {
             instance_id: data_dir.instance("gateway"),
             incarnation: data_dir.incarnation(),
+            labels: BTreeMap::new(),
             listeners,
             shards: args.shards,
             metrics: metrics.clone(),
@@ -163,6 +164,7 @@ async fn demo_app(admin: &Admin, first_key: &str) -> anyhow::Result<String> {
                     comment: "the app to begin with".to_owned(),
                     expected_revision: Some(0),
                     dry_run: false,
+                    release_to: None,
                 };
                 match admin.publish(&document, &yaml, options).await {
                     Ok(_) | Err(AdminError::Conflict { .. }) => {}

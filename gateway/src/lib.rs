@@ -59,6 +59,8 @@ pub struct GatewayOptions {
     pub instance_id: String,
     /// Grows with each start.
     pub incarnation: u64,
+    /// What configuration may be for it by.
+    pub labels: std::collections::BTreeMap<String, String>,
     /// Where devices connect, whatever the configuration says besides.
     pub listeners: Vec<ListenerConfig>,
     /// Threads that hold connections; 0 = one a core.
@@ -159,7 +161,7 @@ impl Gateway {
             incarnation: options.incarnation,
             roles: vec![Role::Gateway],
             addresses: listeners.addresses(),
-            labels: std::collections::BTreeMap::new(),
+            labels: options.labels,
             draining: false,
         };
         let busy = shared.clone();

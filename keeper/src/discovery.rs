@@ -135,6 +135,8 @@ impl Core {
                 "the record is larger than {MAX_INSTANCE_BYTES} bytes"
             )));
         }
+        carillon_agent::target::check_labels(&instance.labels.clone().into_iter().collect())
+            .map_err(Status::invalid_argument)?;
         let default = u64::try_from(self.limits.instance_ttl.as_millis()).unwrap_or(u64::MAX);
         let ttl_ms = if request.ttl_ms == 0 { default } else { request.ttl_ms };
         check_ttl(ttl_ms)?;
@@ -240,22 +242,6 @@ impl Core {
             return Err(Status::invalid_argument("lease is missing"));
         }
         self.write(v1::TxnRequest { then, ..Default::default() }).await.map(drop)
-    }
-
-    pub(crate) async fn config_status(&self, document: &str) -> Result<v1::ConfigStatusResponse, Status> {
-        self.node.linearize().await?;
-        let records: Vec<_> = {
-            let state = self.node.state();
-            state.prefix(keys::APPLIED).map(|(key, item)| (key.to_owned(), item.value.clone())).collect()
-        };
-        let mut applied = Vec::new();
-        for (key, value) in records {
-            let record: v1::AppliedConfig = decode(&key, value)?;
-            if document.is_empty() || record.document == document {
-                applied.push(record);
-            }
-        }
-        Ok(v1::ConfigStatusResponse { applied })
     }
 }
 

@@ -57,6 +57,12 @@ fn check_own(key: &str, prefix: bool) -> Result<(), Status> {
     Ok(())
 }
 
+/// Where a call comes from, for the history. Whoever is asked writes by itself, so this is always the caller, also where
+/// another keeper leads.
+fn peer<T>(request: &Request<T>) -> String {
+    request.remote_addr().map(|address| address.to_string()).unwrap_or_default()
+}
+
 impl Core {
     async fn range(&self, request: v1::RangeRequest) -> Result<v1::RangeResponse, Status> {
         if !request.prefix {
@@ -210,7 +216,30 @@ impl Keeper for Service {
         request: Request<v1::PublishConfigRequest>,
     ) -> Answer<v1::PublishConfigResponse> {
         self.count("publish_config");
-        self.core.publish_config(request.into_inner()).await.map(Response::new)
+        let peer = peer(&request);
+        self.core.publish_config(request.into_inner(), &peer).await.map(Response::new)
+    }
+
+    async fn release_config(
+        &self,
+        request: Request<v1::ReleaseConfigRequest>,
+    ) -> Answer<v1::ReleaseConfigResponse> {
+        self.count("release_config");
+        let peer = peer(&request);
+        self.core.release_config(request.into_inner(), &peer).await.map(Response::new)
+    }
+
+    async fn diff_config(&self, request: Request<v1::DiffConfigRequest>) -> Answer<v1::DiffConfigResponse> {
+        self.count("diff_config");
+        self.core.diff_config(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn explain_config(
+        &self,
+        request: Request<v1::ExplainConfigRequest>,
+    ) -> Answer<v1::ExplainConfigResponse> {
+        self.count("explain_config");
+        self.core.explain_config(request.into_inner()).await.map(Response::new)
     }
 
     async fn get_config(&self, request: Request<v1::GetConfigRequest>) -> Answer<v1::GetConfigResponse> {

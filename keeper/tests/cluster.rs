@@ -169,6 +169,31 @@ impl Cluster {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_history_says_where_a_change_came_from_whichever_node_was_asked() {
+    let cluster = Cluster::of(3).await;
+    let leader = cluster.leader().await;
+    for place in 0..3 {
+        // An address that no keeper has.
+        let own = std::net::Ipv4Addr::new(127, 0, 8, 10 + place as u8);
+        let endpoint = Channel::from_shared(format!("http://{}", cluster.nodes[place].address)).unwrap();
+        let channel = endpoint.local_address(Some(own.into())).connect().await.unwrap();
+        let mut client = KeeperClient::new(channel);
+        let yaml = format!("tokens: {{t{place}: 0}}");
+        let request = v1::PublishConfigRequest {
+            document: "revoked/demo".to_owned(),
+            change: Some(v1::publish_config_request::Change::Yaml(yaml)),
+            ..Default::default()
+        };
+        client.publish_config(request).await.unwrap();
+        let request = v1::ConfigHistoryRequest { document: "revoked/demo".to_owned(), limit: 1 };
+        let newest = client.config_history(request).await.unwrap().into_inner().revisions.remove(0);
+        assert_eq!(newest.revision, place as u64 + 1);
+        assert!(newest.peer.starts_with(&format!("{own}:")), "{newest:?}, node {leader} leads");
+    }
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_node_takes_writes_and_every_node_reads_them_at_once() {
     let cluster = Cluster::of(3).await;
     for (i, (writer, reader)) in [(0, 1), (1, 2), (2, 0), (1, 0), (2, 1)].into_iter().enumerate() {

@@ -46,6 +46,11 @@ impl Cluster {
     /// A keeper, a hub, and so many gateways, all of them ready; anonymous devices in the root app `demo`, which may
     /// publish and subscribe to everything. `app`: further fields of its document, YAML.
     pub async fn start(gateways: usize, app: &str) -> Cluster {
+        Cluster::start_with(&vec![&[] as &[&str]; gateways], app).await
+    }
+
+    /// With gateways that have these further flags each.
+    pub async fn start_with(gateways: &[&[&str]], app: &str) -> Cluster {
         static NEXT: AtomicU8 = AtomicU8::new(1);
         // An address of its own for each: nobody else's ports are in the way.
         let pid = std::process::id();
@@ -81,8 +86,8 @@ impl Cluster {
         std::fs::write(&document, yaml).expect("a file");
         cluster.keeper.ready().await;
         cluster.cli(&["config", "set", "app/demo", "--file", &document.to_string_lossy()]).await;
-        for _ in 0..gateways {
-            cluster.launch_gateway();
+        for flags in gateways {
+            cluster.launch_gateway(flags);
         }
         cluster.ready().await;
         eventually("the hub takes the app's key", || async {
@@ -103,12 +108,12 @@ impl Cluster {
         }
     }
 
-    fn launch_gateway(&mut self) {
+    fn launch_gateway(&mut self, flags: &[&str]) {
         let name = format!("gateway-{}", self.gateways.len());
         let [mqtt, ws, ops] = addresses(self.ip);
         let [mqtt_text, ws_text] = [mqtt, ws].map(|address| address.to_string());
         let role = ["gateway", "--keeper", &self.keeper_url, "--mqtt", &mqtt_text, "--ws", &ws_text];
-        let role = [&role[..], &["--shards", "2"]].concat();
+        let role = [&role[..], &["--shards", "2"], flags].concat();
         let process = Process::start(self.dir.path(), &name, &role, ops, &self.client);
         self.gateways.push(Gateway { id: String::new(), mqtt, ws, process });
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use carillon_agent::Role;
-use clap::{Args, Subcommand, ValueHint};
+use clap::{Args, ValueHint};
 
 use super::{DEFAULT_DATA_DIR, OutputFormat, keeper_url};
 
@@ -272,59 +272,4 @@ pub struct KeeperClientArgs {
     /// How results are printed
     #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text, help_heading = "Connection")]
     pub output: OutputFormat,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum ConfigCommand {
-    /// Print a document with its defaults filled in; without one, list them
-    Get {
-        /// `gateway`, `hub`, `app/demo` …
-        document: Option<String>,
-        /// As it was at this revision
-        #[arg(long)]
-        revision: Option<u64>,
-        /// Only what was set, as it was written
-        #[arg(long)]
-        raw: bool,
-        #[command(flatten)]
-        keeper: KeeperClientArgs,
-    },
-    /// Change fields, or the whole document; running processes follow without a restart
-    Set {
-        /// `gateway`, `hub`, `app/demo` …
-        document: String,
-        /// `max_packet_bytes=1048576`, `limits.max_payload_bytes=1000`, `topics[0].store=false`; `field=` takes it out
-        #[arg(required_unless_present = "file", value_name = "FIELD=VALUE")]
-        fields: Vec<String>,
-        /// The whole document from a YAML file; `-` = standard input
-        #[arg(long, short, conflicts_with = "fields", value_hint = ValueHint::FilePath)]
-        file: Option<PathBuf>,
-        /// Why, for the history
-        #[arg(long, default_value = "")]
-        comment: String,
-        /// Only check it
-        #[arg(long)]
-        dry_run: bool,
-        #[command(flatten)]
-        keeper: KeeperClientArgs,
-    },
-    /// Who changed a document, when, and what it was
-    History {
-        document: String,
-        #[command(flatten)]
-        keeper: KeeperClientArgs,
-    },
-    /// Make a document what it was at an earlier revision
-    Rollback {
-        document: String,
-        revision: u64,
-        #[command(flatten)]
-        keeper: KeeperClientArgs,
-    },
-    /// Which revision each process has applied
-    Status {
-        document: Option<String>,
-        #[command(flatten)]
-        keeper: KeeperClientArgs,
-    },
 }

@@ -1,5 +1,6 @@
 //! The flags of what serves: `dev`, `keeper`, `hub`, `gateway`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -122,10 +123,41 @@ pub fn host_port(text: &str) -> Result<String, String> {
     }
 }
 
+/// What a process is told apart by: configuration can be for some of them.
+#[derive(Debug, Clone, Args)]
+pub struct LabelArgs {
+    /// A label of this process; may be repeated
+    #[arg(long = "label", env = "CARILLON_LABELS", value_delimiter = ',', value_name = "KEY=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// The same as --label pool=NAME
+    #[arg(long, env = "CARILLON_POOL", value_name = "NAME", value_parser = pool)]
+    pool: Option<(String, String)>,
+}
+
+impl LabelArgs {
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        self.labels.iter().chain(&self.pool).cloned().collect()
+    }
+}
+
+/// `key=value`
+pub(super) fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("must be KEY=VALUE")?;
+    let label = (key.to_owned(), value.to_owned());
+    carillon_agent::target::check_labels(&BTreeMap::from([label.clone()]))?;
+    Ok(label)
+}
+
+pub(super) fn pool(name: &str) -> Result<(String, String), String> {
+    label(&format!("pool={name}"))
+}
+
 #[derive(Debug, Clone, Args)]
 pub struct HubArgs {
     #[command(flatten)]
     pub process: ProcessArgs,
+    #[command(flatten)]
+    pub labels: LabelArgs,
     /// The keeper's nodes
     #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
     pub keeper: Vec<String>,
@@ -150,6 +182,8 @@ pub struct HubArgs {
 pub struct GatewayArgs {
     #[command(flatten)]
     pub process: ProcessArgs,
+    #[command(flatten)]
+    pub labels: LabelArgs,
     /// The keeper's nodes
     #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
     pub keeper: Vec<String>,

@@ -3,73 +3,220 @@
 use std::path::Path;
 use std::time::Duration;
 
-use carillon_agent::admin::{Admin, Applied, Change, ChangeOptions, Revision};
+use carillon_agent::admin::{
+    Admin, Change, ChangeOptions, Difference, Document, Published, ReleaseAction, Revision,
+};
+use serde_json::json;
 
 use super::{CliError, left_behind, print, text};
-use crate::args::{CommandArgs, ConfigCommand, KeeperClientArgs};
+use crate::args::config::{ConfigCommand, DecideArgs};
+use crate::args::{CommandArgs, KeeperClientArgs};
+
+mod explaining;
+mod standings;
 
 pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
     match command {
         ConfigCommand::Get { document: Some(document), revision, raw, keeper } => {
             let found = admin(&keeper)?.get(&document, revision).await?;
             print(keeper.output, &found, |found| {
-                if raw {
-                    return found.revision.yaml.trim_end().to_owned();
-                }
-                let state = match found.revision.revision {
-                    0 => "never changed: all defaults".to_owned(),
-                    revision => format!("revision {revision}"),
-                };
-                format!("# {document}, {state}\n{}", yaml(&found.effective).trim_end())
+                if raw { found.revision.yaml.trim_end().to_owned() } else { got(found) }
             })
         }
         ConfigCommand::Get { document: None, keeper, .. } => list(&keeper).await,
-        ConfigCommand::Set { document, fields, file, comment, dry_run, keeper } => {
+        ConfigCommand::Set { document, fields, file, comment, dry_run, target, keeper } => {
             let change = match file {
                 Some(path) => Change::Yaml(read(&path)?),
-                None => Change::Sets(fields.iter().map(|field| assignment(field)).collect::<Result<_, _>>()?),
+                None => Change::Sets(assignments(&fields)?),
             };
-            let options = ChangeOptions { author: author(), comment, expected_revision: None, dry_run };
-            let revision = admin(&keeper)?.change(&document, change, options).await?;
-            print(keeper.output, &revision, |revision| {
-                if dry_run { format!("{document} would be accepted") } else { accepted(revision) }
+            let release_to = target.target();
+            let options =
+                ChangeOptions { author: author(), comment, expected_revision: None, dry_run, release_to };
+            publish(&document, change, options, &keeper).await
+        }
+        ConfigCommand::Override {
+            document,
+            name,
+            fields,
+            file,
+            remove,
+            comment,
+            dry_run,
+            target,
+            keeper,
+        } => {
+            let target = target.target();
+            let change = match file {
+                _ if remove => Change::RemoveOverride(name),
+                Some(path) => Change::OverrideYaml { name, target, yaml: read(&path)? },
+                None if fields.is_empty() && target.is_none() => {
+                    let text =
+                        "nothing to do: give fields (FIELD=VALUE), a --file, whom it is for, or --remove";
+                    return Err(CliError::Usage(text.to_owned()));
+                }
+                None => Change::Override { name, target, sets: assignments(&fields)? },
+            };
+            let options = ChangeOptions { author: author(), comment, dry_run, ..ChangeOptions::default() };
+            publish(&document, change, options, &keeper).await
+        }
+        ConfigCommand::Rollback { document, revision, keeper } => {
+            let options = ChangeOptions { author: author(), ..ChangeOptions::default() };
+            publish(&document, Change::RollbackTo(revision), options, &keeper).await
+        }
+        ConfigCommand::Release { document, comment, target, keeper } => {
+            let target = target.target().ok_or_else(|| {
+                CliError::Usage("say to whom: --percent, --instance, --role, --label or --pool".to_owned())
+            })?;
+            let admin = admin(&keeper)?;
+            let done =
+                admin.release(&document, ReleaseAction::Target(target), None, &author(), &comment).await?;
+            print(keeper.output, &done, released)
+        }
+        ConfigCommand::Promote(args) => {
+            let done = decide(ReleaseAction::Promote, &args).await?;
+            print(args.keeper.output, &done, |done| accepted(&done.revision))
+        }
+        ConfigCommand::Abandon(args) => {
+            let done = decide(ReleaseAction::Abandon, &args).await?;
+            print(args.keeper.output, &done, |done| {
+                let revision = &done.revision;
+                format!(
+                    "revision {} of {} is taken back; running processes follow",
+                    revision.revision, revision.document
+                )
             })
         }
         ConfigCommand::History { document, keeper } => {
             let history = admin(&keeper)?.history(&document, 0).await?;
-            print(keeper.output, &history, |history| {
-                if history.is_empty() {
-                    return format!("{document} was never changed");
-                }
-                let line = |revision: &Revision| {
-                    let (author, time) = (&revision.author, rfc3339(revision.time_ms));
-                    format!("{:>5}  {time}  {author:<16}  {}", revision.revision, revision.comment)
-                        .trim_end()
-                        .to_owned()
-                };
-                history.iter().map(line).collect::<Vec<_>>().join("\n")
+            print(keeper.output, &history, |history| match history.as_slice() {
+                [] => format!("{document} was never changed"),
+                all => all.iter().map(past).collect::<Vec<_>>().join("\n"),
             })
         }
-        ConfigCommand::Rollback { document, revision, keeper } => {
-            let options = ChangeOptions { author: author(), ..ChangeOptions::default() };
-            let revision = admin(&keeper)?.rollback(&document, revision, options).await?;
-            print(keeper.output, &revision, accepted)
-        }
-        ConfigCommand::Status { document, keeper } => {
-            let applied = admin(&keeper)?.applied(document.as_deref()).await?;
-            print(keeper.output, &applied, |applied| {
-                let line = |one: &Applied| {
-                    let refused = one.refused.as_ref();
-                    let refused = refused.map(|(n, why)| format!("  refused {n}: {why}")).unwrap_or_default();
-                    format!(
-                        "{:<24}  {:<16}  revision {}{refused}",
-                        one.instance, one.document, one.applied_revision
-                    )
-                };
-                applied.iter().map(line).collect::<Vec<_>>().join("\n")
+        ConfigCommand::Diff { document, from, to, keeper } => {
+            let (from, to, differences) = admin(&keeper)?.diff(&document, from, to).await?;
+            let value = json!({ "document": document, "from": from, "to": to, "differences": differences });
+            print(keeper.output, &value, |_| match differences.as_slice() {
+                [] => format!("# {document}: revisions {from} and {to} do not differ"),
+                all => format!("# {document}, revision {from} to {to}\n{}", differing(all)),
             })
+        }
+        ConfigCommand::Explain { field, instance, keeper } => {
+            explaining::run(&admin(&keeper)?, &field, instance.as_deref(), keeper.output).await
+        }
+        ConfigCommand::Status { document, wait, keeper } => {
+            standings::run(&admin(&keeper)?, document.as_deref(), wait, keeper.output).await
+        }
+        ConfigCommand::Schema { kind, keeper } => {
+            let kinds = admin(&keeper)?.kinds().await?;
+            let Some(found) = kinds.iter().find(|known| known.kind == kind) else {
+                let known = kinds.iter().map(|known| known.kind.as_str()).collect::<Vec<_>>().join(", ");
+                return Err(CliError::Failed(format!(
+                    "there is no kind of document {kind:?}; there are: {known}"
+                )));
+            };
+            print(keeper.output, &found.schema, |schema| format!("{schema:#}"))
         }
     }
+}
+
+async fn publish(
+    document: &str,
+    change: Change,
+    options: ChangeOptions,
+    keeper: &KeeperClientArgs,
+) -> Result<(), CliError> {
+    let (dry_run, to_some) = (options.dry_run, options.release_to.is_some());
+    let published = admin(keeper)?.publish_change(document, change, options).await?;
+    print(keeper.output, &published, |published| match (dry_run, to_some) {
+        (false, false) => accepted(&published.revision),
+        (false, true) => released(published),
+        (true, to_some) => {
+            let whom = if to_some { format!(", for {}", meant(published)) } else { String::new() };
+            let said = format!("{document} would be accepted{whom}");
+            match published.differences.as_slice() {
+                [] => format!("{said}; nothing changes"),
+                all => format!("{said}\n{}", differing(all)),
+            }
+        }
+    })
+}
+
+async fn decide(action: ReleaseAction, args: &DecideArgs) -> Result<Published, CliError> {
+    Ok(admin(&args.keeper)?.release(&args.document, action, args.revision, &author(), &args.comment).await?)
+}
+
+/// A document for people: YAML, and as comments what is not in force for all.
+fn got(found: &Document) -> String {
+    let document = &found.revision.document;
+    let state = match found.revision.revision {
+        0 => "never changed: all defaults".to_owned(),
+        revision => format!("revision {revision}"),
+    };
+    let mut text = format!("# {document}, {state}\n{}", yaml(&found.effective).trim_end());
+    for one in &found.revision.overrides {
+        text.push_str(&format!("\n# override {}, for {}:", one.name, one.target));
+        one.yaml.lines().for_each(|line| text.push_str(&format!("\n#   {line}")));
+    }
+    if let Some(release) = &found.release {
+        text.push_str(&format!(
+            "\n# revision {} is being released to {}",
+            release.candidate.revision, release.target
+        ));
+    }
+    text
+}
+
+/// For which of the live processes something is.
+fn meant(published: &Published) -> String {
+    /// … of which so many are named.
+    const NAMED: usize = 5;
+    let (matched, readers) = (&published.matched, published.readers);
+    let names = matched.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match matched.len() {
+        0 => format!("none of the {readers} live instances that read it"),
+        count if count > NAMED => format!("{count} of the {readers} live instances that read it: {names}, …"),
+        count => format!("{count} of the {readers} live instances that read it: {names}"),
+    }
+}
+
+fn released(published: &Published) -> String {
+    let (document, number) = (&published.revision.document, published.revision.revision);
+    let target = published.revision.steps.last().and_then(|step| step.target.clone()).unwrap_or_default();
+    format!(
+        "revision {number} of {document} is released to {target}, {}\nthen: carillon config promote {document}, or carillon \
+         config abandon {document}",
+        meant(published)
+    )
+}
+
+/// `~ a: 1 -> 2`, `+ b: 3`, `- c: 4`
+fn differing(differences: &[Difference]) -> String {
+    let line = |one: &Difference| match (&one.before, &one.after) {
+        (Some(before), Some(after)) => format!("~ {}: {before} -> {after}", one.path),
+        (None, Some(after)) => format!("+ {}: {after}", one.path),
+        (Some(before), None) => format!("- {}: {before}", one.path),
+        (None, None) => String::new(),
+    };
+    differences.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// A line of the history, and one for each step of a release.
+fn past(revision: &Revision) -> String {
+    let from = |peer: &str| if peer.is_empty() { String::new() } else { format!("from {peer}") };
+    let number = format!("{:>5}", revision.revision);
+    let line = |what: String, author: &str, time_ms: u64, peer: &str, comment: &str| {
+        let line = format!("{what}  {}  {author:<16}  {:<24}  {comment}", rfc3339(time_ms), from(peer));
+        line.trim_end().to_owned()
+    };
+    let mut lines = vec![line(number, &revision.author, revision.time_ms, &revision.peer, &revision.comment)];
+    for step in &revision.steps {
+        let to = step.target.as_ref().map(|target| format!(" to {target}")).unwrap_or_default();
+        let said = if step.comment.is_empty() { String::new() } else { format!(": {}", step.comment) };
+        let what = format!("{}{to}{said}", step.what);
+        lines.push(line("     ".to_owned(), &step.author, step.time_ms, &step.peer, &what));
+    }
+    lines.join("\n")
 }
 
 /// `carillon command`.
@@ -88,12 +235,19 @@ pub async fn command(args: CommandArgs) -> Result<(), CliError> {
 async fn list(keeper: &KeeperClientArgs) -> Result<(), CliError> {
     let admin = admin(keeper)?;
     let published = admin.list(None).await?;
-    let kinds = admin.kinds().await?;
+    let (kinds, releases) = (admin.kinds().await?, admin.releases().await?);
     print(keeper.output, &published, |published| {
         let mut lines: Vec<String> = published
             .iter()
             .map(|revision| format!("{:<24}  revision {}", revision.document, revision.revision))
             .collect();
+        lines.extend(releases.iter().map(|release| {
+            let (candidate, target) = (&release.candidate, &release.target);
+            format!(
+                "{:<24}  revision {} is being released to {target}",
+                candidate.document, candidate.revision
+            )
+        }));
         // Kinds of which there is one, also when it was never changed: so that people find them.
         for kind in kinds.iter().filter(|kind| !kind.named) {
             if !published.iter().any(|revision| revision.document == kind.kind) {
@@ -107,6 +261,10 @@ async fn list(keeper: &KeeperClientArgs) -> Result<(), CliError> {
 
 fn accepted(revision: &Revision) -> String {
     format!("{} is at revision {}; running processes follow", revision.document, revision.revision)
+}
+
+fn assignments(fields: &[String]) -> Result<Vec<(String, Option<String>)>, CliError> {
+    fields.iter().map(|field| assignment(field)).collect()
 }
 
 /// `field=value`; without a value the field is taken out.

@@ -45,6 +45,7 @@ pub(super) async fn revoke(
             comment: "tokens of a user revoked".to_owned(),
             expected_revision: Some(revision),
             dry_run: false,
+            release_to: None,
         };
         match admin.publish(&document, &yaml, options).await {
             Ok(_) => return Ok(()),

@@ -14,7 +14,15 @@ use tonic::{Code, Status};
 
 use crate::document::Violation;
 use crate::keepers::Keepers;
+use crate::target::Target;
 use crate::{Instance, SlotMap, board, link};
+
+mod configuration;
+
+pub use configuration::{
+    Difference, Explained, Explanation, Override, Published, Release, ReleaseAction, Source, Standing, State,
+    Step,
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -67,6 +75,12 @@ pub struct Revision {
     pub comment: String,
     /// The document was taken away at this revision.
     pub deleted: bool,
+    /// Address it was published from, as the keeper saw it.
+    pub peer: String,
+    /// What is different for some processes.
+    pub overrides: Vec<Override>,
+    /// If it was released to some processes first: what was done with it.
+    pub steps: Vec<Step>,
 }
 
 impl From<v1::ConfigRevision> for Revision {
@@ -79,6 +93,9 @@ impl From<v1::ConfigRevision> for Revision {
             time_ms: revision.time_ms,
             comment: revision.comment,
             deleted: revision.deleted,
+            peer: revision.peer,
+            overrides: revision.overrides.into_iter().map(Into::into).collect(),
+            steps: revision.steps.into_iter().map(Into::into).collect(),
         }
     }
 }
@@ -88,8 +105,10 @@ impl From<v1::ConfigRevision> for Revision {
 pub struct Document {
     #[serde(flatten)]
     pub revision: Revision,
-    /// With all defaults filled in.
+    /// With all defaults filled in; without overrides.
     pub effective: serde_json::Value,
+    /// Of the current revision: what is being released to some processes.
+    pub release: Option<Release>,
 }
 
 /// A kind of document.
@@ -110,6 +129,18 @@ pub struct Applied {
     /// A later revision that it refused, and why.
     pub refused: Option<(u64, String)>,
     pub time_ms: u64,
+}
+
+impl From<v1::AppliedConfig> for Applied {
+    fn from(applied: v1::AppliedConfig) -> Self {
+        Applied {
+            instance: applied.instance,
+            document: applied.document,
+            applied_revision: applied.applied_revision,
+            refused: (!applied.refusal.is_empty()).then_some((applied.refused_revision, applied.refusal)),
+            time_ms: applied.time_ms,
+        }
+    }
 }
 
 /// How the keeper itself is.
@@ -184,6 +215,21 @@ pub enum Change {
     RollbackTo(u64),
     /// Takes the document away.
     Delete,
+    /// Makes or changes an override: what is different for some processes.
+    Override {
+        name: String,
+        /// Whom it is for; None: as it is.
+        target: Option<Target>,
+        /// Path and YAML value; a value of `null` brings the default back, None takes the field out of the override.
+        sets: Vec<(String, Option<String>)>,
+    },
+    /// All fields of an override, YAML.
+    OverrideYaml {
+        name: String,
+        target: Option<Target>,
+        yaml: String,
+    },
+    RemoveOverride(String),
 }
 
 /// Who changes a document, and on what conditions.
@@ -195,6 +241,8 @@ pub struct ChangeOptions {
     pub expected_revision: Option<u64>,
     /// Only check.
     pub dry_run: bool,
+    /// To these processes only; [`Admin::release`] decides what becomes of it.
+    pub release_to: Option<Target>,
 }
 
 /// A cheap handle.
@@ -226,7 +274,8 @@ impl Admin {
         let answer = self.call(request, async |mut client, request| client.get_config(request).await).await?;
         let effective = serde_json::from_str(&answer.effective_json)
             .map_err(|error| AdminError::Other(format!("its answer cannot be read: {error}")))?;
-        Ok(Document { revision: answer.revision.unwrap_or_default().into(), effective })
+        let release = answer.release.map(Into::into);
+        Ok(Document { revision: answer.revision.unwrap_or_default().into(), effective, release })
     }
 
     /// Changes a document; it is checked before it is accepted.
@@ -236,44 +285,7 @@ impl Admin {
         change: Change,
         options: ChangeOptions,
     ) -> Result<Revision, AdminError> {
-        use v1::publish_config_request::Change as Wire;
-        use v1::publish_config_response::Outcome;
-        let change = match change {
-            Change::Yaml(yaml) => Wire::Yaml(yaml),
-            Change::Sets(sets) => {
-                let sets = sets.into_iter().map(|(path, value)| v1::ConfigSet { path, value }).collect();
-                Wire::Sets(v1::ConfigSets { sets })
-            }
-            Change::RollbackTo(revision) => Wire::RollbackTo(revision),
-            Change::Delete => Wire::Delete(true),
-        };
-        let request = v1::PublishConfigRequest {
-            document: document.to_owned(),
-            change: Some(change),
-            expected_revision: options.expected_revision,
-            author: options.author,
-            comment: options.comment,
-            dry_run: options.dry_run,
-        };
-        let answer =
-            self.write(request, async |mut client, request| client.publish_config(request).await).await?;
-        match answer.outcome {
-            Some(Outcome::Accepted(revision)) => Ok(revision.into()),
-            Some(Outcome::Refused(refused)) => Err(AdminError::Refused {
-                document: document.to_owned(),
-                violations: refused
-                    .violations
-                    .into_iter()
-                    .map(|v| Violation::new(v.path, v.message))
-                    .collect(),
-            }),
-            Some(Outcome::Conflict(current)) => Err(AdminError::Conflict {
-                document: document.to_owned(),
-                expected: options.expected_revision.unwrap_or(0),
-                current,
-            }),
-            None => Err(AdminError::Other("its answer is empty".to_owned())),
-        }
+        Ok(self.publish_change(document, change, options).await?.revision)
     }
 
     /// Sets some fields of the current document: `[("limits.max_payload_bytes", Some("65536"))]`.
@@ -340,14 +352,7 @@ impl Admin {
         let request = v1::ConfigStatusRequest { document: document.unwrap_or_default().to_owned() };
         let answer =
             self.call(request, async |mut client, request| client.config_status(request).await).await?;
-        let applied = |applied: v1::AppliedConfig| Applied {
-            instance: applied.instance,
-            document: applied.document,
-            applied_revision: applied.applied_revision,
-            refused: (!applied.refusal.is_empty()).then_some((applied.refused_revision, applied.refusal)),
-            time_ms: applied.time_ms,
-        };
-        Ok(answer.applied.into_iter().map(applied).collect())
+        Ok(answer.applied.into_iter().map(Into::into).collect())
     }
 
     /// The live instances by id, with how busy they say they are.

@@ -177,6 +177,7 @@ impl App {
 impl ConfigDocument for App {
     const KIND: &'static str = "app";
     const NAMED: bool = true;
+    const SECRETS: &'static [&'static str] = &["api_keys[].key", "token_keys[].key", "webhook.secret"];
 
     fn check(&self, name: Option<&str>) -> Vec<Violation> {
         let mut found = Vec::new();

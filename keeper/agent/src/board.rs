@@ -9,7 +9,8 @@ use prost::Message as _;
 use tokio::sync::watch;
 
 use crate::document::{self, ConfigDocument, Violation};
-use crate::{Instance, Role, SlotMap, SlotOwner, keys};
+use crate::target::Process;
+use crate::{Instance, Role, SlotMap, SlotOwner, keys, layers};
 
 /// Most answers to commands that wait for the keeper.
 const MAX_ANSWERS: usize = 1024;
@@ -22,6 +23,7 @@ pub(crate) struct View {
     pub revision: u64,
     pub cluster_id: String,
     documents: BTreeMap<String, v1::ConfigRevision>,
+    releases: BTreeMap<String, v1::ConfigRelease>,
     instances: BTreeMap<String, Instance>,
     slots: Arc<SlotMap>,
     commands: BTreeMap<String, v1::CommandRecord>,
@@ -54,6 +56,13 @@ impl View {
                 Err(error) => return unreadable(error),
             }
             Changed::Document(document.to_owned())
+        } else if let Some(document) = key.strip_prefix(keys::RELEASES) {
+            match value.map(v1::ConfigRelease::decode).transpose() {
+                Ok(Some(release)) => drop(self.releases.insert(document.to_owned(), release)),
+                Ok(None) => drop(self.releases.remove(document)),
+                Err(error) => return unreadable(error),
+            }
+            Changed::Document(document.to_owned())
         } else if let Some(id) = key.strip_prefix(keys::INSTANCES) {
             match value.map(v1::InstanceRecord::decode).transpose() {
                 Ok(Some(record)) => drop(self.instances.insert(id.to_owned(), Instance::from_record(record))),
@@ -77,6 +86,19 @@ impl View {
         } else {
             Changed::Nothing
         }
+    }
+
+    /// Documents of which something is known, by name.
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.documents.keys().chain(self.releases.keys()).cloned().collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// The revision that is meant for this process.
+    fn chosen(&self, document: &str, process: &Process) -> Option<&v1::ConfigRevision> {
+        layers::choose(document, self.documents.get(document), self.releases.get(document), process).0
     }
 }
 
@@ -191,6 +213,8 @@ fn same<T: ConfigDocument>(a: &T, b: &T) -> bool {
 struct Applied {
     record: v1::AppliedConfig,
     told: bool,
+    /// What was tried last: the revision, and the overrides of it.
+    tried: (u64, Vec<String>),
 }
 
 /// All that the agent's handle and its task share.
@@ -209,6 +233,8 @@ pub(crate) struct Board {
     pub(crate) carried_out: usize,
     /// Answers to commands that the keeper has not got yet.
     pub answers: VecDeque<v1::AnswerCommandRequest>,
+    /// Told from others by this: what is meant for us.
+    process: Process,
     sinks: HashMap<&'static str, Box<dyn Sink>>,
     by_role: HashMap<Role, watch::Sender<Arc<Vec<Instance>>>>,
     slots: watch::Sender<Arc<SlotMap>>,
@@ -227,6 +253,7 @@ impl Board {
             registrations: BTreeMap::new(),
             carried_out: 0,
             answers: VecDeque::new(),
+            process: Process::default(),
             sinks: HashMap::new(),
             by_role: HashMap::new(),
             slots: watch::Sender::new(Arc::default()),
@@ -266,8 +293,8 @@ impl Board {
 
     fn add_sink(&mut self, kind: &'static str, sink: Box<dyn Sink>) {
         self.sinks.insert(kind, sink);
-        let known: Vec<String> =
-            self.view.documents.keys().filter(|d| keys::split_document(d).0 == kind).cloned().collect();
+        let mut known = self.view.names();
+        known.retain(|document| keys::split_document(document).0 == kind);
         if known.is_empty() && self.synced {
             self.apply_default(kind);
         }
@@ -275,6 +302,36 @@ impl Board {
             self.apply_document(&document);
         }
         self.publish_documents();
+    }
+
+    /// More is known about who this process is: what is meant for it may be something else now.
+    pub(crate) fn identify(&mut self, change: impl FnOnce(&mut Process)) {
+        let before = self.process.clone();
+        change(&mut self.process);
+        if self.process == before {
+            return;
+        }
+        for document in self.view.names() {
+            let now = self.meant(&document);
+            if self.applied.get(&document).is_some_and(|applied| applied.tried != now) {
+                self.apply_document(&document);
+            }
+        }
+        self.publish_documents();
+    }
+
+    /// The kinds of document that are read here.
+    pub(crate) fn kinds(&self) -> Vec<String> {
+        let mut kinds: Vec<String> = self.sinks.keys().map(ToString::to_string).collect();
+        kinds.sort();
+        kinds
+    }
+
+    /// The revision that is meant for this process, and the overrides of it.
+    fn meant(&self, document: &str) -> (u64, Vec<String>) {
+        let Some(chosen) = self.view.chosen(document, &self.process) else { return (0, Vec::new()) };
+        let overrides = layers::overrides_for(chosen, &self.process).map(|one| one.name.clone());
+        (chosen.revision, overrides.collect())
     }
 
     /// Nothing has been published of this kind: its defaults are applied.
@@ -295,6 +352,7 @@ impl Board {
     /// instance is taken to be this one: they share a data directory, so that one has ended. Its slots are then ours with
     /// the epochs that they had: if somebody else owns them by now, it is with a newer one, and ours are refused.
     pub(crate) fn register(&mut self, instance: Instance) {
+        self.identify(|process| process.add_instance(&instance));
         if self.restored {
             let slots = Arc::make_mut(&mut self.view.slots);
             for slot in &mut slots.slots {
@@ -365,21 +423,20 @@ impl Board {
         }
         let before = std::mem::replace(&mut self.view, fresh);
         let other_cluster = !before.cluster_id.is_empty() && before.cluster_id != self.view.cluster_id;
-        let mut documents: Vec<String> = before.documents.keys().cloned().collect();
-        documents.extend(self.view.documents.keys().cloned());
+        let mut documents = before.names();
+        documents.extend(self.view.names());
         documents.sort();
         documents.dedup();
         for document in documents {
-            let revision = |view: &View| view.documents.get(&document).map(|d| d.revision);
+            let revision = |view: &View| view.chosen(&document, &self.process).map(|chosen| chosen.revision);
             if other_cluster || revision(&before) != revision(&self.view) {
                 self.apply_document(&document);
             }
         }
         if !self.synced {
             let kinds: Vec<_> = self.sinks.keys().copied().collect();
-            for kind in
-                kinds.into_iter().filter(|kind| !self.view.documents.contains_key(*kind)).collect::<Vec<_>>()
-            {
+            let names = self.view.names();
+            for kind in kinds.into_iter().filter(|kind| !names.iter().any(|name| name == kind)) {
                 self.apply_default(kind);
             }
         }
@@ -394,15 +451,22 @@ impl Board {
     /// Gives a document to who wants it, and notes what became of it.
     fn apply_document(&mut self, document: &str) {
         let (kind, name) = keys::split_document(document);
+        let meant = self.meant(document);
         let Some(sink) = self.sinks.get_mut(kind) else { return };
-        let current = self.view.documents.get(document);
-        let revision = current.map_or(0, |current| current.revision);
-        let outcome = sink.apply(name, current.map(|current| current.yaml.as_str()));
+        let chosen = self.view.chosen(document, &self.process);
+        let text = chosen.map(|chosen| layers::text_for(chosen, &self.process)).transpose();
+        let outcome = match text {
+            Ok(text) => sink.apply(name, text.as_deref()),
+            Err(violation) => Err(vec![violation]),
+        };
+        let revision = meant.0;
         let entry = self.applied.entry(document.to_owned()).or_insert_with(|| Applied {
             record: v1::AppliedConfig { document: document.to_owned(), ..Default::default() },
             told: false,
+            tried: (0, Vec::new()),
         });
         entry.told = false;
+        entry.tried = meant;
         match outcome {
             Ok(()) => {
                 entry.record.applied_revision = revision;
@@ -429,7 +493,7 @@ impl Board {
     pub fn report_problem(&mut self, document: &str, problem: Option<String>) -> bool {
         let Some(entry) = self.applied.get_mut(document) else { return false };
         let record = &mut entry.record;
-        let is_refused = record.refused_revision > record.applied_revision;
+        let is_refused = record.refused_revision != 0 && record.refused_revision != record.applied_revision;
         let problem = problem.unwrap_or_default();
         if is_refused || record.refusal == problem {
             return false;

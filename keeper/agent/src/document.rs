@@ -8,6 +8,45 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// A configuration document: YAML in, this struct out. Unknown fields must be refused (`deny_unknown_fields`) and
 /// every field must have a default (`serde(default)`), so that an empty document is a valid one.
+///
+/// A new kind is a struct, its defaults, and one constant; its rules, if it has any, are [`check`](Self::check). The keeper
+/// is given [`DocumentKind::of`] it, processes read it with [`Agent::config`](crate::Agent::config):
+///
+/// ```
+/// use carillon_agent::document::{ConfigDocument, Violation, parse};
+/// use schemars::JsonSchema;
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+/// #[serde(default, deny_unknown_fields)]
+/// struct Mailer {
+///     relay: String,
+///     batch: u32,
+///     password: Option<String>,
+/// }
+///
+/// impl Default for Mailer {
+///     fn default() -> Self {
+///         Mailer { relay: "localhost:25".to_owned(), batch: 100, password: None }
+///     }
+/// }
+///
+/// impl ConfigDocument for Mailer {
+///     const KIND: &'static str = "mailer";
+///     const SECRETS: &'static [&'static str] = &["password"];
+///
+///     fn check(&self, _name: Option<&str>) -> Vec<Violation> {
+///         let fits = (1..=1000).contains(&self.batch);
+///         if fits { Vec::new() } else { vec![Violation::new("batch", "must be from 1 to 1000")] }
+///     }
+/// }
+///
+/// // What somebody publishes is read, completed and checked in one go, by the keeper before it is accepted.
+/// assert_eq!(parse::<Mailer>(None, "relay: mail:25").unwrap().batch, 100);
+/// assert_eq!(parse::<Mailer>(None, "batch: 0").unwrap_err()[0].to_string(), "batch: must be from 1 to 1000");
+/// let unknown = parse::<Mailer>(None, "bach: 7").unwrap_err()[0].to_string();
+/// assert!(unknown.starts_with("bach: unknown field `bach`, expected one of"));
+/// ```
 pub trait ConfigDocument:
     Serialize + DeserializeOwned + JsonSchema + Default + Clone + Send + Sync + 'static
 {
@@ -15,6 +54,9 @@ pub trait ConfigDocument:
     const KIND: &'static str;
     /// One document a cluster (`gateway`), or one for each name (`app/demo`).
     const NAMED: bool = false;
+    /// Paths of fields whose values are never shown when somebody looks at differences, history or where a value comes
+    /// from: `api_keys[].key`, where `[]` is every element.
+    const SECRETS: &'static [&'static str] = &[];
 
     /// Rules that the schema cannot say. `name` is the document's name if the kind is named.
     fn check(&self, _name: Option<&str>) -> Vec<Violation> {
@@ -86,6 +128,8 @@ type SchemaFn = fn() -> serde_json::Value;
 pub struct DocumentKind {
     pub kind: &'static str,
     pub named: bool,
+    /// As [`ConfigDocument::SECRETS`].
+    pub secrets: &'static [&'static str],
     /// Checks a text; gives the whole document, defaults filled in.
     pub check: CheckFn,
     /// Name, present text, next text: what of the next may not follow. A present text that is not valid (any more)
@@ -102,6 +146,7 @@ impl DocumentKind {
         DocumentKind {
             kind: T::KIND,
             named: T::NAMED,
+            secrets: T::SECRETS,
             check: |name, yaml| {
                 let document = parse::<T>(name, yaml)?;
                 serde_json::to_value(&document).map_err(|error| vec![Violation::new("", error.to_string())])

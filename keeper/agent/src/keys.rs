@@ -6,6 +6,8 @@ pub const OWN: &str = "carillon/";
 pub const CONFIG: &str = "carillon/config/";
 /// `{document}/{revision, 20 digits}` → `ConfigRevision`.
 pub const HISTORY: &str = "carillon/history/";
+/// `{document}` → `ConfigRelease`: what is in force for some processes first.
+pub const RELEASES: &str = "carillon/releases/";
 /// `{id}` → `InstanceRecord`, under the instance's lease.
 pub const INSTANCES: &str = "carillon/instances/";
 /// `SlotRecord`.
@@ -21,6 +23,11 @@ pub const MAX_INSTANCE_BYTES: usize = 128;
 /// Key of a document's current revision.
 pub fn config(document: &str) -> String {
     format!("{CONFIG}{document}")
+}
+
+/// Key of what is being released of a document.
+pub fn release(document: &str) -> String {
+    format!("{RELEASES}{document}")
 }
 
 /// Key of one revision of a document.

@@ -10,8 +10,10 @@ pub mod admin;
 pub mod app;
 pub mod document;
 pub mod keys;
+pub mod layers;
 pub mod process;
 pub mod revoked;
+pub mod target;
 
 mod board;
 mod cache;
@@ -137,7 +139,7 @@ impl Instance {
             addresses: self.addresses.clone().into_iter().collect(),
             labels: self.labels.clone().into_iter().collect(),
             draining: self.draining,
-            registered_ms: 0,
+            ..Default::default()
         }
     }
 }
@@ -210,6 +212,8 @@ pub struct Agent {
 /// What handles and the task share.
 struct Shared {
     keepers: Arc<Keepers>,
+    /// Tells the keeper which instances are one process.
+    process: u64,
     cache: Option<Arc<Cache>>,
     board: Mutex<Board>,
     /// By instance.
@@ -250,6 +254,7 @@ impl Agent {
         }
         let shared = Arc::new(Shared {
             keepers,
+            process: rand::random::<u64>().max(1),
             cache: cache.map(Arc::new),
             ready: watch::Sender::new(board.synced),
             board: Mutex::new(board),
@@ -285,6 +290,14 @@ impl Agent {
     /// Is the keeper answering at present?
     pub fn connected(&self) -> watch::Receiver<bool> {
         self.shared.connected.subscribe()
+    }
+
+    /// Says who this process is before it registers: which configuration is meant for it goes by that, from the first one
+    /// on. To be called before the first `config` or `configs`.
+    pub fn identify(&self, id: &str, roles: &[Role], labels: BTreeMap<String, String>) {
+        let roles: Vec<String> = roles.iter().map(ToString::to_string).collect();
+        self.shared.board.lock().identify(|process| process.add(id, &roles, labels));
+        self.shared.wake();
     }
 
     /// Makes this instance discoverable for as long as the process lives; call again to change it (draining).

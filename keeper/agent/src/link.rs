@@ -40,7 +40,7 @@ const REPORTS: usize = 256;
 
 /// A lease that an instance of this process is registered under.
 struct Registered {
-    instance: Instance,
+    record: v1::InstanceRecord,
     lease: u64,
     ttl: Duration,
     keep_alive_at: Clock,
@@ -216,7 +216,8 @@ async fn watch(
             let after = if board.covered.as_ref() == Some(&ids) { board.view.revision } else { 0 };
             (ids, after)
         };
-        let mut prefixes = vec![keys::CONFIG.to_owned(), keys::INSTANCES.to_owned(), keys::SLOTS.to_owned()];
+        let mut prefixes =
+            [keys::CONFIG, keys::RELEASES, keys::INSTANCES, keys::SLOTS].map(str::to_owned).to_vec();
         prefixes.extend(ids.iter().map(|id| keys::commands(id)));
         let request = v1::WatchRequest { prefixes, after_revision: after };
         let mut stream = match call(client.watch(request)).await {
@@ -351,24 +352,34 @@ async fn register(
     leases: &tokio::sync::watch::Sender<BTreeMap<String, u64>>,
 ) -> Result<(), Status> {
     let mut wake = shared.wake.subscribe();
-    let mut refused: BTreeMap<String, (Instance, Clock)> = BTreeMap::new();
+    let mut refused: BTreeMap<String, (v1::InstanceRecord, Clock)> = BTreeMap::new();
     loop {
-        let wanted = shared.board.lock().registrations.clone();
-        for (id, instance) in wanted {
-            let done = registered.get(&id).is_some_and(|registration| registration.instance == instance);
+        let wanted = {
+            let board = shared.board.lock();
+            let kinds = board.kinds();
+            let record = |instance: &Instance| v1::InstanceRecord {
+                process: shared.process,
+                kinds: kinds.clone(),
+                ..instance.to_record()
+            };
+            let wanted = board.registrations.iter().map(|(id, instance)| (id.clone(), record(instance)));
+            wanted.collect::<Vec<_>>()
+        };
+        for (id, record) in wanted {
+            let done = registered.get(&id).is_some_and(|registration| registration.record == record);
             let paused =
-                refused.get(&id).is_some_and(|(tried, until)| *tried == instance && Clock::now() < *until);
+                refused.get(&id).is_some_and(|(tried, until)| *tried == record && Clock::now() < *until);
             if done || paused {
                 continue;
             }
-            let request = v1::RegisterRequest { instance: Some(instance.to_record()), ttl_ms: 0 };
+            let request = v1::RegisterRequest { instance: Some(record.clone()), ttl_ms: 0 };
             match call(client.register(request)).await {
                 Ok(answer) => {
                     refused.remove(&id);
                     let ttl = Duration::from_millis(answer.ttl_ms);
                     let before = registered.get(&id).map(|registration| registration.lease);
                     let registration = Registered {
-                        instance,
+                        record,
                         lease: answer.lease,
                         ttl,
                         // The first is at once: it brings the load.
@@ -392,7 +403,7 @@ async fn register(
                         reason = status.message(),
                         "registration refused by the keeper"
                     );
-                    refused.insert(id, (instance, Clock::now() + REFUSED_PAUSE));
+                    refused.insert(id, (record, Clock::now() + REFUSED_PAUSE));
                 }
                 Err(status) => return Err(status),
             }

@@ -45,6 +45,21 @@ fn text_of(steps: &[Step]) -> String {
 }
 
 impl FieldPath {
+    /// With one more step.
+    pub(crate) fn then(&self, step: Step) -> FieldPath {
+        let mut steps = self.0.clone();
+        steps.push(step);
+        FieldPath(steps)
+    }
+
+    pub(crate) fn root() -> FieldPath {
+        FieldPath(Vec::new())
+    }
+
+    pub(crate) fn steps(&self) -> &[Step] {
+        &self.0
+    }
+
     pub(crate) fn parse(text: &str) -> Result<Self, Violation> {
         let wrong = |what: &str| {
             Violation::new(text, format!("is not a path like limits.max_count or topics[0].store: {what}"))

@@ -1,5 +1,7 @@
 //! Changing documents by path, and the messages for what cannot be.
 
+use std::collections::BTreeMap;
+
 use carillon_agent::app::App;
 use carillon_agent::document::ConfigDocument;
 use schemars::JsonSchema;
@@ -66,7 +68,9 @@ fn sets(sets: Sets) -> Vec<v1::ConfigSet> {
 }
 
 fn change(present: &str, changes: Sets) -> Result<String, String> {
-    match set(&DocumentKind::of::<Gate>(), None, present, &sets(changes)) {
+    let kind = DocumentKind::of::<Gate>();
+    let whole = (kind.check)(None, present).or_else(|_| (kind.check)(None, "")).ok();
+    match set(present, whole, |yaml| (kind.check)(None, yaml).map(drop), &sets(changes)) {
         Ok(yaml) => Ok(yaml),
         Err(Refusal::Violations(violations)) => {
             Err(violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
@@ -207,4 +211,67 @@ fn one_root_app() {
         refused[0].to_string(),
         "root: is already true in app/other: a cluster has at most one root app"
     );
+}
+
+fn revision(number: u64, yaml: &str) -> v1::ConfigRevision {
+    v1::ConfigRevision {
+        document: "app/demo".into(),
+        revision: number,
+        yaml: yaml.into(),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn differences_are_by_field_and_keep_secrets() {
+    let kind = DocumentKind::of::<App>();
+    let mut old =
+        revision(1, "api_keys: [{name: one, key: first-secret-0123}]\nlimits: {push_rate_per_second: 5}");
+    let mut new = revision(
+        2,
+        "api_keys: [{name: one, key: second-secret-012}]\nwebhook: {url: 'http://x', secret: third-secret}",
+    );
+    let over = |yaml: &str, label: &str| v1::ConfigOverride {
+        name: "edge".into(),
+        target: Some(v1::ConfigTarget { labels: vec![label.into()], ..Default::default() }),
+        yaml: yaml.into(),
+    };
+    old.overrides = vec![over("webhook: {url: 'http://e', secret: fourth-secret}", "pool=edge")];
+    new.overrides =
+        vec![over("api_keys: [{name: e, key: fifth-secret-01234}]\nanonymous_devices: true", "pool=rim")];
+    let found = fields::differences(&kind, Some("demo"), Some(&old), Some(&new));
+    let lines: Vec<String> = found
+        .iter()
+        .map(|one| {
+            let side = |side: &Option<String>| side.clone().unwrap_or_else(|| "-".to_owned());
+            format!("{} {} {}", one.path, side(&one.before_json), side(&one.after_json))
+        })
+        .collect();
+    assert_eq!(
+        lines,
+        [
+            "api_keys[0].key \"(secret)\" \"(another secret)\"",
+            "limits.push_rate_per_second 5 0",
+            "webhook.presence - false",
+            "webhook.secret - \"(secret)\"",
+            "webhook.timeout_ms - 10000",
+            "webhook.url - \"http://x\"",
+            "overrides.edge for \"pool=edge\" \"pool=rim\"",
+            "overrides.edge.anonymous_devices - true",
+            "overrides.edge.api_keys[0].key - \"(secret)\"",
+            "overrides.edge.api_keys[0].name - \"e\"",
+            "webhook null -",
+            "overrides.edge.webhook.secret \"(secret)\" -",
+            "overrides.edge.webhook.url \"http://e\" -",
+        ]
+    );
+    for one in [fields::redacted(&kind, old), fields::redacted(&kind, new)] {
+        let all = format!("{one:?}");
+        assert!(!all.contains("-secret") && all.contains("(secret)"), "{all}");
+    }
+    assert_eq!(fields::differences(&kind, Some("demo"), None, None), []);
+    let gate = DocumentKind::of::<Gate>();
+    let deleted = v1::ConfigRevision { deleted: true, ..revision(2, "") };
+    let back = fields::differences(&gate, None, Some(&revision(1, "on: true")), Some(&deleted));
+    assert_eq!((back.len(), back[0].path.as_str()), (1, "on"), "without a document there are its defaults");
 }
