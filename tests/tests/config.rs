@@ -96,6 +96,7 @@ async fn a_bad_document_is_refused_with_the_path_of_what_is_wrong() {
         (&["gateway", "max_packet_bytes=1"][..], "max_packet_bytes: is 1, must be from 128"),
         (&["gateway", "max_packet_bytes=lots"], "max_packet_bytes"),
         (&["gateway", "no_such_field=1"], "no_such_field"),
+        (&["gateway", "max_packet_bytes=lots", "no_such_field=1"], "u32\n  no_such_field: unknown field"),
         (&["gateway", "a[=1"], "a["),
         (&["hub", "registry.no_such=1"], "no_such"),
         (&["app/demo", "limits.max_payload_bytes=0"], "limits.max_payload_bytes"),
@@ -113,7 +114,7 @@ async fn a_bad_document_is_refused_with_the_path_of_what_is_wrong() {
     }
     for (yaml, expected) in [
         ("max_inflight: [1", ""),
-        ("- a\n- b\n", ""),
+        ("- 5\n- 6\n", "is not a mapping"),
         ("max_inflight: 1\nmax_inflight: 2\n", "max_inflight"),
         ("max_inflight: 4000000000\n", "max_inflight"),
     ] {

@@ -5,6 +5,13 @@ use std::fmt;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_path_to_error::Segment;
+use serde_yaml::{Mapping, Value};
+
+use crate::layers;
+
+/// Most that is told of what does not fit in one text.
+const MAX_VIOLATIONS: usize = 64;
 
 /// A configuration document: YAML in, this struct out. Unknown fields must be refused (`deny_unknown_fields`) and
 /// every field must have a default (`serde(default)`), so that an empty document is a valid one.
@@ -98,23 +105,75 @@ impl fmt::Display for Violation {
     }
 }
 
-/// Parses and checks a YAML (or JSON) text.
+/// Parses and checks a YAML (or JSON) text. What is wrong is told of every field; its rules are asked once all fields fit their
+/// types.
 pub fn parse<T: ConfigDocument>(name: Option<&str>, yaml: &str) -> Result<T, Vec<Violation>> {
-    let value: serde_yaml::Value = if yaml.trim().is_empty() {
-        serde_yaml::Value::Mapping(serde_yaml::Mapping::new())
-    } else {
-        serde_yaml::from_str(yaml).map_err(|error| vec![Violation::new("", error.to_string())])?
+    let value = layers::mapping(yaml).map_err(|violation| vec![violation])?;
+    let Ok(document) = read::<T>(value.clone(), &[]) else {
+        let mut found = Vec::new();
+        misfits::<T>(&value, &|value| value, &mut Vec::new(), &mut found);
+        return Err(found);
     };
-    let value = if value.is_null() { serde_yaml::Value::Mapping(serde_yaml::Mapping::new()) } else { value };
-    let document: T = serde_path_to_error::deserialize(value).map_err(|error| {
-        let path = match error.path().to_string() {
-            path if path == "." => String::new(),
-            path => path,
-        };
-        vec![Violation::new(path, error.into_inner().to_string())]
-    })?;
     let violations = document.check(name);
     if violations.is_empty() { Ok(document) } else { Err(violations) }
+}
+
+/// Reads a value as the type, or says where it does not fit. `places`: by depth, which element of its list the first one
+/// is, where all others were left out.
+fn read<T: ConfigDocument>(value: Value, places: &[Option<usize>]) -> Result<T, Violation> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let mut path = String::new();
+        for (depth, segment) in error.path().iter().enumerate() {
+            match segment {
+                Segment::Seq { index } => {
+                    let place = places.get(depth).copied().flatten().unwrap_or(*index);
+                    path.push_str(&format!("[{place}]"));
+                }
+                segment if path.is_empty() => path.push_str(&segment.to_string()),
+                segment => path.push_str(&format!(".{segment}")),
+            }
+        }
+        Violation::new(path, error.into_inner().to_string())
+    })
+}
+
+/// Finds all that does not fit the type, not only what is read first: what does not fit is taken apart, as long as it may
+/// be there with only one of its parts. `within`: the whole document with nothing but this value.
+fn misfits<T: ConfigDocument>(
+    value: &Value,
+    within: &dyn Fn(Value) -> Value,
+    places: &mut Vec<Option<usize>>,
+    found: &mut Vec<Violation>,
+) {
+    if found.len() >= MAX_VIOLATIONS {
+        return;
+    }
+    let Err(violation) = read::<T>(within(value.clone()), places) else { return };
+    let before = found.len();
+    let may_be = |empty: Value| read::<T>(within(empty), places).is_ok();
+    match value {
+        Value::Mapping(fields) if may_be(Value::Mapping(Mapping::new())) => {
+            for (key, value) in fields {
+                let alone = |value| within(Value::Mapping(Mapping::from_iter([(key.clone(), value)])));
+                places.push(None);
+                misfits::<T>(value, &alone, places, found);
+                places.pop();
+            }
+        }
+        Value::Sequence(list) if may_be(Value::Sequence(Vec::new())) => {
+            for (index, value) in list.iter().enumerate() {
+                let alone = |value| within(Value::Sequence(vec![value]));
+                places.push(Some(index));
+                misfits::<T>(value, &alone, places, found);
+                places.pop();
+            }
+        }
+        _ => {}
+    }
+    // It has no parts, or each of them fits alone.
+    if found.len() == before {
+        found.push(violation);
+    }
 }
 
 type CheckFn = fn(Option<&str>, &str) -> Result<serde_json::Value, Vec<Violation>>;
@@ -177,5 +236,73 @@ impl fmt::Debug for DocumentKind {
             .field("kind", &self.kind)
             .field("named", &self.named)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+    #[serde(default, deny_unknown_fields)]
+    struct Shop {
+        size: u32,
+        name: String,
+        limits: Limits,
+        doors: Vec<Door>,
+        by_name: BTreeMap<String, Door>,
+    }
+
+    #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+    #[serde(default, deny_unknown_fields)]
+    struct Limits {
+        low: u32,
+        high: u32,
+    }
+
+    #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Door {
+        width: u32,
+        height: u32,
+    }
+
+    impl ConfigDocument for Shop {
+        const KIND: &'static str = "shop";
+    }
+
+    fn paths(yaml: &str) -> Vec<String> {
+        let found = parse::<Shop>(None, yaml).unwrap_err();
+        assert!(found.iter().all(|violation| !violation.message.is_empty()), "{found:?}");
+        found.into_iter().map(|violation| violation.path).collect()
+    }
+
+    #[test]
+    fn every_field_that_does_not_fit_is_told() {
+        let good = "{width: 1, height: 2}";
+        for (yaml, expected) in [
+            ("size: x", &["size"][..]),
+            ("{size: x, name: [], shape: round}", &["size", "name", "shape"]),
+            (
+                "limits: {low: x, high: -1, middle: {a: 1, b: 2}}",
+                &["limits.low", "limits.high", "limits.middle"],
+            ),
+            (
+                &format!("doors: [{good}, 7, {good}, {{width: x, height: 1}}]"),
+                &["doors[1]", "doors[3].width"],
+            ),
+            // What is missing in it keeps it from being taken apart: one of them then.
+            ("doors: [{width: 1}, {width: x, height: y}]", &["doors[0]", "doors[1].width"]),
+            (&format!("by_name: {{a: {good}, b: {{}}, c: 1}}"), &["by_name.b", "by_name.c"]),
+            ("{limits: 7, doors: {a: 1}}", &["limits", "doors"]),
+            ("- a\n- b", &[""]),
+            ("7", &[""]),
+            ("size: [", &[""]),
+        ] {
+            assert_eq!(paths(yaml), expected, "{yaml}");
+        }
+        let many: String = (0..1000).map(|i| format!("field_{i}: 1\n")).collect();
+        assert_eq!(paths(&many).len(), MAX_VIOLATIONS);
+        assert!(parse::<Shop>(None, &format!("{{size: 1, doors: [{good}]}}")).is_ok());
     }
 }

@@ -192,7 +192,7 @@ fn broken_documents() {
         violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     };
     assert_eq!(check("on: true\non: false"), "duplicate entry with key \"on\"");
-    assert_eq!(check("- 1"), "invalid type: sequence, expected struct Gate");
+    assert_eq!(check("- 1"), "is not a mapping of fields to values");
     assert_eq!(
         check("\"text"),
         "found unexpected end of stream at line 1 column 6, while scanning a quoted scalar"
