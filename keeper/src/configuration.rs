@@ -183,7 +183,11 @@ impl Core {
             overrides: draft.overrides,
             author: request.author.clone(),
             time_ms: now_ms(),
-            comment: if request.comment.is_empty() { what } else { request.comment.clone() },
+            comment: match (request.comment.as_str(), change) {
+                ("", _) => what,
+                (why, Change::RollbackTo(_)) => format!("{what}: {why}"),
+                (why, _) => why.to_owned(),
+            },
             peer: peer.to_owned(),
             steps: Vec::new(),
         };

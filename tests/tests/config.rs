@@ -65,7 +65,9 @@ async fn history_and_rollback() {
     let mut server = Server::start().await;
     server.cli(&["config", "set", "gateway", "max_inflight=10", "--comment", "smaller"]).await;
     server.cli(&["config", "set", "gateway", "max_inflight=20", "receive_maximum=30"]).await;
-    let said = server.cli(&["config", "rollback", "gateway", "1"]).await;
+    let dry = server.cli(&["config", "rollback", "gateway", "1", "--dry-run"]).await;
+    assert!(dry.starts_with("gateway would be accepted\n~ max_inflight: 20 -> 10\n"), "{dry}");
+    let said = server.cli(&["config", "rollback", "gateway", "1", "--comment", "too many"]).await;
     assert!(said.contains("gateway is at revision 3"), "{said}");
     let now: Value =
         serde_json::from_str(&server.cli(&["config", "get", "gateway", "--output", "json"]).await).unwrap();
@@ -77,6 +79,7 @@ async fn history_and_rollback() {
     let lines: Vec<&str> = history.lines().collect();
     assert_eq!(lines.len(), 3, "{history}");
     assert!(lines[2].contains("smaller") && lines[0].trim_start().starts_with('3'), "{history}");
+    assert!(lines[0].ends_with("rolled back to 1: too many"), "{history}");
     let second = server.cli(&["config", "get", "gateway", "--revision", "2"]).await;
     assert!(second.contains("max_inflight: 20"), "{second}");
     // It outlives the process.

@@ -150,10 +150,20 @@ pub enum ConfigCommand {
         #[command(flatten)]
         keeper: KeeperClientArgs,
     },
-    /// Make a document what it was at an earlier revision
+    /// Make a document what it was at an earlier revision, as a new revision
+    ///
+    /// For some first as with `set`; what is being released is taken back by `abandon`.
     Rollback {
         document: String,
         revision: u64,
+        /// Why, for the history
+        #[arg(long, default_value = "")]
+        comment: String,
+        /// Only check it, and say what it would change
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        target: TargetArgs,
         #[command(flatten)]
         keeper: KeeperClientArgs,
     },

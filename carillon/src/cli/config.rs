@@ -59,8 +59,10 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
             let options = ChangeOptions { author: author(), comment, dry_run, ..ChangeOptions::default() };
             publish(&document, change, options, &keeper).await
         }
-        ConfigCommand::Rollback { document, revision, keeper } => {
-            let options = ChangeOptions { author: author(), ..ChangeOptions::default() };
+        ConfigCommand::Rollback { document, revision, comment, dry_run, target, keeper } => {
+            let release_to = target.target();
+            let options =
+                ChangeOptions { author: author(), comment, expected_revision: None, dry_run, release_to };
             publish(&document, Change::RollbackTo(revision), options, &keeper).await
         }
         ConfigCommand::Release { document, comment, target, keeper } => {
