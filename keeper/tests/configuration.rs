@@ -72,7 +72,19 @@ impl ConfigDocument for OldGate {
 }
 
 async fn start(directory: &Path) -> (KeeperHandle, Admin) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    start_at(directory, "127.0.0.1:0").await
+}
+
+async fn start_at(directory: &Path, address: &str) -> (KeeperHandle, Admin) {
+    // A port that was just given up may take a moment.
+    let begun = Instant::now();
+    let listener = loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => break listener,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{address}: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
     let kinds = vec![DocumentKind::of::<Gate>(), DocumentKind::of::<App>()];
     let keeper = Keeper::start(KeeperOptions::new(directory, listener, kinds)).await.unwrap();
     let admin = Admin::new(vec![keeper.endpoint()]);
@@ -85,20 +97,21 @@ struct Process<T> {
 }
 
 async fn process<T: ConfigDocument>(keeper: &KeeperHandle, id: &str, labels: &[(&str, &str)]) -> Process<T> {
-    let agent = Agent::start(Options::new(vec![keeper.endpoint()]));
+    let process = begin(Options::new(vec![keeper.endpoint()]), id, labels);
+    let mut known = process.agent.instances(Role::Gateway);
+    let is_known = known.wait_for(|known| known.iter().any(|one| one.id == id));
+    tokio::time::timeout(PATIENCE, is_known).await.unwrap().unwrap();
+    process
+}
+
+/// It need not have reached a keeper.
+fn begin<T: ConfigDocument>(options: Options, id: &str, labels: &[(&str, &str)]) -> Process<T> {
+    let agent = Agent::start(options);
     let labels: BTreeMap<String, String> =
         labels.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
     agent.identify(id, &[Role::Gateway], labels.clone());
     let gate = agent.config::<T>();
-    agent.register(Instance {
-        id: id.to_owned(),
-        incarnation: 1,
-        roles: vec![Role::Gateway],
-        addresses: BTreeMap::new(),
-        labels,
-        draining: false,
-    });
-    tokio::time::timeout(PATIENCE, agent.ready()).await.unwrap();
+    agent.register(Instance { roles: vec![Role::Gateway], labels, ..Instance::new(id) });
     Process { agent, gate }
 }
 
@@ -582,5 +595,68 @@ async fn secrets_are_not_told() {
     assert_eq!((differences.len(), differences[0].after.clone().unwrap()), (1, "(another secret)".into()));
     // Who reads the document itself gets it.
     assert_eq!(admin.get("gate", None).await.unwrap().effective["password"], "hunter-two");
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_starts_without_a_keeper_has_what_was_meant_for_it() {
+    let (directory, own) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (keeper, admin) = start(directory.path()).await;
+    let (address, endpoint) = (keeper.addr().to_string(), keeper.endpoint());
+    let everyone = [("gw-0", "core"), ("gw-1", "core"), ("gw-2", "edge"), ("gw-3", "edge")];
+    let all = || -> Vec<Process<Gate>> {
+        let one = |(id, pool): &(&str, &str)| {
+            let options = Options::new(vec![endpoint.clone()]).with_cache(own.path().join(id), *id);
+            begin(options, id, &[("pool", pool)])
+        };
+        everyone.iter().map(one).collect()
+    };
+    let first = all();
+    admin.set("gate", sets(&[("high", "20")]), by("ann")).await.unwrap();
+    over(&admin, "gate", "edge", to(&[], &[("pool", "edge")]), &[("high", "8")]).await;
+    release(&admin, &[("high", "30"), ("low", "3")], to(&["gw-1", "gw-3"], &[])).await;
+    let begun = Instant::now();
+    while settled(&admin).await.len() < everyone.len() {
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    let has = |all: &[Process<Gate>]| -> Vec<(u32, u32)> {
+        let one = |process: &Process<Gate>| (process.gate.borrow().low, process.gate.borrow().high);
+        all.iter().map(one).collect()
+    };
+    let meant = [(1, 20), (3, 30), (1, 8), (3, 8)];
+    assert_eq!(has(&first), meant);
+    keeper.stop().await;
+    for process in &first {
+        process.agent.stop().await;
+    }
+
+    let restarted = carillon_proto::now_ms();
+    let second = all();
+    assert_eq!(has(&second), meant, "the same, and from the first moment on");
+    assert!(second.iter().all(|process| process.agent.is_ready() && !*process.agent.connected().borrow()));
+    // The process of another pool, on the same data: by what it is now, not by what it was.
+    second[0].agent.stop().await;
+    let options = Options::new(vec![endpoint.clone()]).with_cache(own.path().join("gw-0"), "gw-0");
+    let moved = begin::<Gate>(options, "gw-0", &[("pool", "edge")]);
+    assert_eq!(has(&[moved]), [(1, 8)]);
+
+    let (keeper, admin) = start_at(directory.path(), &address).await;
+    let begun = Instant::now();
+    loop {
+        let live = admin.live().await.unwrap();
+        let back = live.iter().filter(|one| one.instance.incarnation >= restarted).count();
+        if back == everyone.len() {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{live:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let standings = settled(&admin).await;
+    let told: Vec<(u64, bool)> =
+        standings.iter().map(|one| (one.applied.applied_revision, one.by_release)).collect();
+    assert_eq!(told, [(2, false), (3, true), (2, false), (3, true)], "they tell what they started with");
+    admin.release("gate", ReleaseAction::Abandon, None, "ann", "").await.unwrap();
+    settled(&admin).await;
+    assert_eq!(has(&second)[1..], [(1, 20), (1, 8), (1, 8)], "and follow again");
     keeper.stop().await;
 }

@@ -96,6 +96,34 @@ async fn gateway_and_hub_start_while_no_keeper_can_be_reached() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_starts_without_a_keeper_has_what_is_being_released_to_it() {
+    let mut cluster = Cluster::start(2, "").await;
+    let one = cluster.gateways[1].id.clone();
+    cluster.cli(&["config", "set", "gateway", "max_packet_bytes=1024", "--instance", &one]).await;
+    cluster.cli(&["config", "status", "gateway", "--wait", "30"]).await;
+    eventually("the release is on its disk", || async {
+        let cache = std::fs::read(cluster.gateways[1].data().join("agent-cache")).unwrap_or_default();
+        let key = b"carillon/releases/gateway";
+        if cache.windows(key.len()).any(|window| window == key) { Ok(()) } else { Err(cache.len()) }
+    })
+    .await;
+    cluster.kill_keeper().await;
+    for gateway in 0..2 {
+        cluster.gateways[gateway].kill().await;
+        cluster.start_gateway(gateway);
+        cluster.gateways[gateway].ready().await;
+    }
+    for (gateway, expected) in [(0, 0x40), (1, 0xE0)] {
+        let mut raw = carillon_tests::mqtt::Raw::device(cluster.gateways[gateway].mqtt, 5, "sizes").await;
+        raw.send(&carillon_tests::mqtt::publish(5, "sizes", &[b'x'; 5000], Some(1))).await;
+        match raw.answer().await {
+            carillon_tests::mqtt::Answer::Packet(kind, _) => assert_eq!(kind, expected, "gateway {gateway}"),
+            other => panic!("neither PUBACK nor DISCONNECT but {other:02x?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cache_that_is_broken_or_another_s_does_not_stop_a_start() {
     let mut cluster = Cluster::start(1, "").await;
     cluster.gateways[0].kill().await;

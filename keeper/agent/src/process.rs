@@ -23,7 +23,9 @@ pub trait Process: Send {
     type Config: ConfigDocument;
 
     /// Begin. The configuration is the keeper's, or the last known when no keeper can be reached. What is returned says
-    /// who the process is; it is discoverable from then on.
+    /// who the process is; it is discoverable from then on. What is meant for some processes only, this one among them,
+    /// comes with [`configure`](Self::configure) then; it is there from the start if [`Agent::identify`] was called before
+    /// [`run`].
     fn start(
         &mut self,
         agent: &Agent,

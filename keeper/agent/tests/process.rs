@@ -7,8 +7,9 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use carillon_agent::admin::{Admin, AdminError, ChangeOptions};
+use carillon_agent::admin::{Admin, AdminError, Change, ChangeOptions};
 use carillon_agent::document::DocumentKind;
+use carillon_agent::target::Target;
 use carillon_keeper::{Keeper, KeeperOptions};
 use tokio::net::TcpListener;
 
@@ -43,6 +44,12 @@ async fn the_example_is_a_whole_process() {
         admin.set("greeting", set, ChangeOptions::default()).await
     };
     say("hello").await.unwrap();
+    let for_one = Change::Override {
+        name: "one".to_owned(),
+        target: Some(Target { instances: vec!["greeter-1".to_owned()], ..Target::default() }),
+        sets: vec![("text".to_owned(), Some("hello, you".to_owned()))],
+    };
+    admin.change("greeting", for_one, ChangeOptions::default()).await.unwrap();
 
     let mut child = Command::new(tokio::task::spawn_blocking(binary).await.unwrap())
         .args(["greeter-1", &keeper.endpoint()])
@@ -56,6 +63,10 @@ async fn the_example_is_a_whole_process() {
     });
     let next = || tokio::task::block_in_place(|| lines.recv_timeout(PATIENCE)).expect("a line in time");
     assert_eq!(next(), "started with \"hello\"");
+    assert_eq!(next(), "configured with \"hello, you\"", "once it has said who it is");
+    let removed = Change::RemoveOverride("one".to_owned());
+    admin.change("greeting", removed, ChangeOptions::default()).await.unwrap();
+    assert_eq!(next(), "configured with \"hello\"");
     say("good day").await.unwrap();
     assert_eq!(next(), "configured with \"good day\"");
     let refused = say(&"x".repeat(81)).await.unwrap_err().to_string();

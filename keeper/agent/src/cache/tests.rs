@@ -18,6 +18,7 @@ async fn written(directory: &tempfile::TempDir) -> CacheOptions {
     assert!(found.is_none());
     let state = [
         item("carillon/config/gate", b"a"),
+        item("carillon/releases/gate", b"a"),
         item("carillon/instances/x", b"b"),
         item("carillon/commands/x/1", b"c"),
     ];
@@ -41,7 +42,11 @@ async fn what_is_written_is_read_and_only_by_its_owner() {
         ("cluster-1", &["10.0.0.1:7400".to_owned()][..])
     );
     let keys: Vec<&str> = found.items.iter().map(|item| item.key.as_str()).collect();
-    assert_eq!(keys, ["carillon/config/gate"], "what is deleted is gone, and commands are not kept");
+    assert_eq!(
+        keys,
+        ["carillon/config/gate", "carillon/releases/gate"],
+        "what is deleted is gone, and commands are not kept"
+    );
     assert!(!beside(&options.path, "aside").exists());
 
     let (_, foreign) = Cache::open(CacheOptions { owner: "hub-2".to_owned(), ..options.clone() });
