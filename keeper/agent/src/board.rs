@@ -1,213 +1,26 @@
 //! What the agent knows, and who is told when it changes: pure of I/O, so that it can be tested without a keeper.
 
-use std::any::Any;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use carillon_proto::v1;
-use prost::Message as _;
 use tokio::sync::watch;
 
-use crate::document::{self, ConfigDocument, Violation};
+use crate::document::ConfigDocument;
 use crate::target::Process;
-use crate::{Instance, Role, SlotMap, SlotOwner, keys, layers};
+use crate::{Instance, Role, SlotMap, keys, layers};
+
+mod sinks;
+mod view;
+
+use sinks::{ByName, Named, One, Sink};
+pub(crate) use view::slot_map;
+use view::{Changed, View, of_role};
 
 /// Most answers to commands that wait for the keeper.
 const MAX_ANSWERS: usize = 1024;
 /// Most commands that are remembered as seen.
 const MAX_SEEN: usize = 4096;
-
-/// The keeper's state as far as it concerns this process, at one revision.
-#[derive(Debug, Default)]
-pub(crate) struct View {
-    pub revision: u64,
-    pub cluster_id: String,
-    documents: BTreeMap<String, v1::ConfigRevision>,
-    releases: BTreeMap<String, v1::ConfigRelease>,
-    instances: BTreeMap<String, Instance>,
-    slots: Arc<SlotMap>,
-    commands: BTreeMap<String, v1::CommandRecord>,
-}
-
-/// What an event was about.
-enum Changed {
-    Document(String),
-    Instances,
-    Slots,
-    Command(String),
-    Nothing,
-}
-
-impl View {
-    /// Takes in one event. What cannot be decoded is logged and passed over: one record of a newer keeper must not
-    /// stop the rest.
-    fn take(&mut self, event: &v1::WatchEvent) -> Changed {
-        let Some(item) = &event.item else { return Changed::Nothing };
-        let key = item.key.as_str();
-        let value = (!event.deleted).then(|| item.value.clone());
-        let unreadable = |error: prost::DecodeError| {
-            tracing::warn!(key, %error, "record of the keeper cannot be read");
-            Changed::Nothing
-        };
-        if let Some(document) = key.strip_prefix(keys::CONFIG) {
-            match value.map(v1::ConfigRevision::decode).transpose() {
-                Ok(Some(revision)) => drop(self.documents.insert(document.to_owned(), revision)),
-                Ok(None) => drop(self.documents.remove(document)),
-                Err(error) => return unreadable(error),
-            }
-            Changed::Document(document.to_owned())
-        } else if let Some(document) = key.strip_prefix(keys::RELEASES) {
-            match value.map(v1::ConfigRelease::decode).transpose() {
-                Ok(Some(release)) => drop(self.releases.insert(document.to_owned(), release)),
-                Ok(None) => drop(self.releases.remove(document)),
-                Err(error) => return unreadable(error),
-            }
-            Changed::Document(document.to_owned())
-        } else if let Some(id) = key.strip_prefix(keys::INSTANCES) {
-            match value.map(v1::InstanceRecord::decode).transpose() {
-                Ok(Some(record)) => drop(self.instances.insert(id.to_owned(), Instance::from_record(record))),
-                Ok(None) => drop(self.instances.remove(id)),
-                Err(error) => return unreadable(error),
-            }
-            Changed::Instances
-        } else if key == keys::SLOTS {
-            match value.map(v1::SlotRecord::decode).transpose() {
-                Ok(record) => self.slots = Arc::new(slot_map(item.mod_revision, record.unwrap_or_default())),
-                Err(error) => return unreadable(error),
-            }
-            Changed::Slots
-        } else if let Some(command) = key.strip_prefix(keys::COMMANDS) {
-            match value.map(v1::CommandRecord::decode).transpose() {
-                Ok(Some(record)) => drop(self.commands.insert(command.to_owned(), record)),
-                Ok(None) => drop(self.commands.remove(command)),
-                Err(error) => return unreadable(error),
-            }
-            Changed::Command(command.to_owned())
-        } else {
-            Changed::Nothing
-        }
-    }
-
-    /// Documents of which something is known, by name.
-    fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.documents.keys().chain(self.releases.keys()).cloned().collect();
-        names.sort();
-        names.dedup();
-        names
-    }
-
-    /// The revision that is meant for this process.
-    fn chosen(&self, document: &str, process: &Process) -> Option<&v1::ConfigRevision> {
-        layers::choose(document, self.documents.get(document), self.releases.get(document), process).0
-    }
-}
-
-/// The keeper's slot record as everyone else reads it.
-pub(crate) fn slot_map(revision: u64, record: v1::SlotRecord) -> SlotMap {
-    let owners: Vec<(Arc<str>, u64)> =
-        record.owners.iter().map(|owner| (Arc::from(owner.instance.as_str()), owner.incarnation)).collect();
-    let nobody: (Arc<str>, u64) = (Arc::from(""), 0);
-    let slots = record.owner_of.iter().zip(&record.epochs).map(|(&owner, &epoch)| {
-        let (instance, incarnation) =
-            (owner as usize).checked_sub(1).and_then(|i| owners.get(i)).unwrap_or(&nobody).clone();
-        SlotOwner { instance, incarnation, epoch }
-    });
-    SlotMap { revision, slots: slots.collect() }
-}
-
-/// Somebody in this process who wants documents of a kind.
-trait Sink: Send {
-    /// Takes in a document, or that it is gone.
-    fn apply(&mut self, name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>>;
-    /// Tells the receivers, if anything has changed since the last time.
-    fn publish(&mut self);
-    /// Is it for a kind of which there is one document? Then its absence, too, is a state worth reporting.
-    fn single(&self) -> bool;
-    fn as_any(&self) -> &dyn Any;
-}
-
-struct One<T> {
-    sender: watch::Sender<Arc<T>>,
-    next: Option<Arc<T>>,
-}
-
-impl<T: ConfigDocument> Sink for One<T> {
-    fn apply(&mut self, _name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>> {
-        self.next =
-            Some(Arc::new(yaml.map_or_else(|| Ok(T::default()), |yaml| document::parse(None, yaml))?));
-        Ok(())
-    }
-
-    fn publish(&mut self) {
-        if let Some(next) = self.next.take() {
-            self.sender.send_if_modified(|present| {
-                let changed = !same(&**present, &*next);
-                *present = next;
-                changed
-            });
-        }
-    }
-
-    fn single(&self) -> bool {
-        true
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-type ByName<T> = BTreeMap<String, Arc<T>>;
-
-struct Named<T> {
-    sender: watch::Sender<Arc<ByName<T>>>,
-    next: Option<ByName<T>>,
-}
-
-impl<T: ConfigDocument> Sink for Named<T> {
-    fn apply(&mut self, name: Option<&str>, yaml: Option<&str>) -> Result<(), Vec<Violation>> {
-        let Some(name) = name else {
-            return Err(vec![Violation::new("", "this kind of document needs a name")]);
-        };
-        let parsed = yaml.map(|yaml| document::parse::<T>(Some(name), yaml)).transpose()?;
-        let present = self.sender.borrow().clone();
-        let before = self.next.as_ref().unwrap_or(&present).get(name);
-        match (before, parsed) {
-            (None, None) => {}
-            (Some(before), Some(parsed)) if same(&**before, &parsed) => {}
-            (_, parsed) => {
-                let next = self.next.get_or_insert_with(|| (*present).clone());
-                match parsed {
-                    Some(parsed) => drop(next.insert(name.to_owned(), Arc::new(parsed))),
-                    None => drop(next.remove(name)),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn publish(&mut self) {
-        if let Some(next) = self.next.take() {
-            self.sender.send_replace(Arc::new(next));
-        }
-    }
-
-    fn single(&self) -> bool {
-        false
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-/// Documents have no `PartialEq` of their own; two that serialize to the same are the same.
-fn same<T: ConfigDocument>(a: &T, b: &T) -> bool {
-    match (serde_json::to_value(a), serde_json::to_value(b)) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
-    }
-}
 
 /// What was done with a document here, and whether the keeper has been told.
 struct Applied {
@@ -613,10 +426,6 @@ impl Board {
             }
         }
     }
-}
-
-fn of_role(view: &View, role: Role) -> Vec<Instance> {
-    view.instances.values().filter(|instance| instance.roles.contains(&role)).cloned().collect()
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 //! A session is three loops over one channel: watching, registering with keep-alives, and telling. The first that
 //! fails ends the session; what is known stays.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +13,13 @@ use tokio::time::{Instant as Clock, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::{Command, Instance, Shared, keys};
+use crate::{Command, Shared, keys};
+
+mod registering;
+mod telling;
+
+use registering::{Registrations, deregister, leases_of, register};
+use telling::tell;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// A unary call that takes longer than this counts as a broken connection.
@@ -25,28 +30,10 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// When a keeper is lost, so it is for thousands: they come to the others over this time.
 const RECONNECT_SPREAD: Duration = Duration::from_millis(500);
-/// … and those whose leases have ended meanwhile register again over this time: each is an entry of the log.
-const REGISTER_SPREAD: Duration = Duration::from_secs(2);
-/// An instance that measures its load says it so soon after it has registered.
-const FIRST_LOAD: Duration = Duration::from_millis(200);
 /// How often the keeper is asked who its members are.
 const MEMBERS_EVERY: Duration = Duration::from_secs(60);
-/// A registration that the keeper refuses is tried again after this.
-const REFUSED_PAUSE: Duration = Duration::from_secs(5);
 /// For deregistering at the end, and for what is written last.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// Reports in one call; the keeper's limit.
-const REPORTS: usize = 256;
-
-/// A lease that an instance of this process is registered under.
-struct Registered {
-    record: v1::InstanceRecord,
-    lease: u64,
-    ttl: Duration,
-    keep_alive_at: Clock,
-}
-
-type Registrations = BTreeMap<String, Registered>;
 
 pub(crate) async fn run(shared: Arc<Shared>) {
     let mut registered = Registrations::new();
@@ -337,205 +324,5 @@ fn begin(shared: &Arc<Shared>, commands: Vec<v1::CommandRecord>) {
             }
             shared.wake();
         });
-    }
-}
-
-fn leases_of(registered: &Registrations) -> BTreeMap<String, u64> {
-    registered.iter().map(|(id, registration)| (id.clone(), registration.lease)).collect()
-}
-
-/// Registers what is to be registered, and keeps the leases alive.
-async fn register(
-    shared: &Arc<Shared>,
-    mut client: KeeperClient<Channel>,
-    registered: &mut Registrations,
-    leases: &tokio::sync::watch::Sender<BTreeMap<String, u64>>,
-) -> Result<(), Status> {
-    let mut wake = shared.wake.subscribe();
-    let mut refused: BTreeMap<String, (v1::InstanceRecord, Clock)> = BTreeMap::new();
-    loop {
-        let wanted = {
-            let board = shared.board.lock();
-            let kinds = board.kinds();
-            let record = |instance: &Instance| v1::InstanceRecord {
-                process: shared.process,
-                kinds: kinds.clone(),
-                ..instance.to_record()
-            };
-            let wanted = board.registrations.iter().map(|(id, instance)| (id.clone(), record(instance)));
-            wanted.collect::<Vec<_>>()
-        };
-        for (id, record) in wanted {
-            let done = registered.get(&id).is_some_and(|registration| registration.record == record);
-            let paused =
-                refused.get(&id).is_some_and(|(tried, until)| *tried == record && Clock::now() < *until);
-            if done || paused {
-                continue;
-            }
-            let request = v1::RegisterRequest { instance: Some(record.clone()), ttl_ms: 0 };
-            match call(client.register(request)).await {
-                Ok(answer) => {
-                    refused.remove(&id);
-                    let ttl = Duration::from_millis(answer.ttl_ms);
-                    let before = registered.get(&id).map(|registration| registration.lease);
-                    let registration = Registered {
-                        record,
-                        lease: answer.lease,
-                        ttl,
-                        // The first is at once: it brings the load.
-                        keep_alive_at: Clock::now()
-                            + if shared.measures.lock().contains_key(&id) {
-                                FIRST_LOAD.min(ttl / 3)
-                            } else {
-                                ttl / 3
-                            },
-                    };
-                    if before != Some(answer.lease) {
-                        tracing::info!(instance = id, ttl_ms = answer.ttl_ms, "registered with the keeper");
-                        shared.board.lock().forget_told();
-                    }
-                    registered.insert(id, registration);
-                    leases.send_replace(leases_of(registered));
-                }
-                Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
-                    tracing::error!(
-                        instance = id,
-                        reason = status.message(),
-                        "registration refused by the keeper"
-                    );
-                    refused.insert(id, (record, Clock::now() + REFUSED_PAUSE));
-                }
-                Err(status) => return Err(status),
-            }
-        }
-        let mut lost = Vec::new();
-        for (id, registration) in registered.iter_mut() {
-            if registration.keep_alive_at > Clock::now() {
-                continue;
-            }
-            let measure = shared.measures.lock().get(id).cloned();
-            let load = measure.map(|measure| measure().into_iter().collect()).unwrap_or_default();
-            let request = v1::LeaseKeepAliveRequest { lease: registration.lease, load };
-            match call(client.lease_keep_alive(request)).await {
-                Ok(_) => registration.keep_alive_at = Clock::now() + registration.ttl / 3,
-                Err(status) if status.code() == Code::NotFound => lost.push(id.clone()),
-                // Its load, which it can be without.
-                Err(status) if status.code() == Code::InvalidArgument => {
-                    tracing::error!(instance = id, reason = status.message(), "load refused by the keeper");
-                    shared.measures.lock().remove(id);
-                }
-                Err(status) => return Err(status),
-            }
-        }
-        if !lost.is_empty() {
-            let pause = spread(REGISTER_SPREAD);
-            let pause_ms = pause.as_millis() as u64;
-            tracing::warn!(instances = lost.join(", "), pause_ms, "lease lost, registering again");
-            registered.retain(|id, _| !lost.contains(id));
-            sleep(pause).await;
-            continue;
-        }
-        let next = registered
-            .values()
-            .map(|registration| registration.keep_alive_at)
-            .chain(refused.values().map(|(_, until)| *until))
-            .min()
-            .unwrap_or_else(|| Clock::now() + Duration::from_secs(3600));
-        tokio::select! {
-            () = tokio::time::sleep_until(next) => {}
-            Ok(()) = wake.changed() => {}
-        }
-    }
-}
-
-/// An answer that the keeper does not take, now or later.
-fn is_final(code: Code) -> bool {
-    matches!(code, Code::NotFound | Code::FailedPrecondition | Code::InvalidArgument)
-}
-
-/// Tells the keeper what was applied and what commands came to.
-async fn tell(
-    shared: &Arc<Shared>,
-    mut client: KeeperClient<Channel>,
-    mut leases: tokio::sync::watch::Receiver<BTreeMap<String, u64>>,
-) -> Result<(), Status> {
-    let mut wake = shared.wake.subscribe();
-    let mut told_as = BTreeMap::new();
-    loop {
-        loop {
-            let answer = shared.board.lock().answers.front().cloned();
-            let Some(answer) = answer else { break };
-            match call(client.answer_command(answer.clone())).await {
-                // Gone, or past its deadline and already closed: nobody waits for it any more.
-                Ok(_) => {}
-                Err(status) if is_final(status.code()) => {}
-                Err(status) => return Err(status),
-            }
-            let mut board = shared.board.lock();
-            if board.answers.front() == Some(&answer) {
-                board.answers.pop_front();
-            }
-        }
-        loop {
-            let known = leases.borrow_and_update().clone();
-            // Another instance of this process, or a new lease of one: nothing has been told as that yet.
-            if known != told_as {
-                shared.board.lock().forget_told();
-                told_as.clone_from(&known);
-            }
-            let reports = if known.is_empty() { Vec::new() } else { shared.board.lock().untold(REPORTS) };
-            if reports.is_empty() {
-                break;
-            }
-            let mut gone = false;
-            for (id, lease) in &known {
-                let applied = reports.iter().cloned().map(|mut report| {
-                    report.instance = id.clone();
-                    report.time_ms = now_ms();
-                    report
-                });
-                let request = v1::ReportConfigRequest { lease: *lease, applied: applied.collect() };
-                match call(client.report_config(request)).await {
-                    Ok(_) => {}
-                    // The lease has ended: told again under the next one.
-                    Err(status) if status.code() == Code::NotFound => gone = true,
-                    // Saying it again would not help.
-                    Err(status) if status.code() == Code::InvalidArgument => {
-                        tracing::warn!(
-                            instance = id,
-                            reason = status.message(),
-                            "report refused by the keeper"
-                        );
-                    }
-                    Err(status) => return Err(status),
-                }
-            }
-            if gone {
-                break;
-            }
-            shared.board.lock().told(&reports);
-        }
-        tokio::select! {
-            Ok(()) = wake.changed() => {}
-            Ok(()) = leases.changed() => {}
-        }
-    }
-}
-
-async fn deregister(mut client: KeeperClient<Channel>, registered: Registrations) {
-    let revoke = async {
-        for (id, registration) in registered {
-            let request = v1::LeaseRevokeRequest { lease: registration.lease };
-            if let Err(status) = client.lease_revoke(request).await {
-                tracing::debug!(
-                    instance = id,
-                    error = status.message(),
-                    "not deregistered, the lease will lapse"
-                );
-            }
-        }
-    };
-    if timeout(STOP_TIMEOUT, revoke).await.is_err() {
-        tracing::debug!("keeper did not answer in time, leases will lapse");
     }
 }
