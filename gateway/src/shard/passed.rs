@@ -160,7 +160,7 @@ mod tests {
     fn at_the_bound_those_who_have_waited_longest_go_without() {
         let mut passed = Passed::default();
         let first = passed.begin();
-        let mut note = |passed: &mut Passed, from: usize, to: usize| {
+        let note = |passed: &mut Passed, from: usize, to: usize| {
             (from..to).for_each(|n| passed.note(&n.to_string().into(), 0, 1));
         };
         note(&mut passed, 0, 10);
