@@ -66,6 +66,8 @@ pub(crate) struct Inner {
     delivering: RwLock<()>,
     registries: RwLock<HashMap<Arc<str>, Registry>>,
     slots: ArcSwap<SlotMap>,
+    /// They have changed: what was refused may be taken now.
+    slots_changed: Notify,
     /// The newest epoch known of each slot: older deliveries come from a deposed owner.
     epochs: Vec<AtomicU64>,
     /// By slot: the newest epoch in which an owner has accepted a publish from here.
@@ -136,6 +138,7 @@ impl Link {
             delivering: RwLock::new(()),
             registries: RwLock::default(),
             slots: ArcSwap::default(),
+            slots_changed: Notify::new(),
             epochs: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
             accepted: (0..topic::SLOTS).map(|_| AtomicU64::new(0)).collect(),
             broadcasts: Mutex::default(),
@@ -488,6 +491,7 @@ async fn follow_slots(inner: Arc<Inner>) {
     loop {
         let next = maps.borrow_and_update().clone();
         let before = inner.slots.swap(next.clone());
+        inner.slots_changed.notify_waiters();
         let mut moved: HashMap<Arc<str>, Vec<u32>> = HashMap::new();
         for (slot, owner) in next.slots.iter().enumerate() {
             if owner.instance.is_empty() || before.slots.get(slot) == Some(owner) {

@@ -26,8 +26,8 @@ use crate::shares::{Shares, SharesDeps};
 pub const HTTP: &str = "http";
 /// How long a stop waits for requests that are being answered.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long a stop waits for other registry instances to take over the slots.
-const HAND_OVER: Duration = Duration::from_secs(5);
+/// How long a stop waits for other registry instances to take over the slots: longer than the keeper waits for us (5 s).
+const HAND_OVER: Duration = Duration::from_secs(8);
 
 /// What a hub is started with.
 pub struct HubOptions {

@@ -7,11 +7,11 @@ mod attach;
 mod broadcast;
 pub mod client;
 mod core;
+mod giving_up;
 pub mod metrics;
 mod service;
 mod worker;
 
-use std::collections::HashMap;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,8 +30,9 @@ pub use self::attach::message_bytes;
 pub use self::client::{OwnerClient, PublishError};
 use self::core::Limits;
 pub use self::core::PresenceEvent;
+use self::giving_up::GivingUp;
 use self::service::{Service, Shared};
-use self::worker::{Input, WorkerDeps, Workers};
+use self::worker::{Input, Slots, WorkerDeps, Workers};
 use crate::config::{HubConfig, within};
 use crate::peers::Directory;
 
@@ -131,6 +132,11 @@ impl Ownership {
         slots.owner_of(name).is_some_and(|(_, owner)| self.is_us(owner))
     }
 
+    /// Is it ours, and to be given up?
+    pub fn leaves(&self, name: &str) -> bool {
+        self.slots.borrow().moving_to.contains_key(&topic::slot_of(name)) && self.owns(name)
+    }
+
     fn is_us(&self, owner: &carillon_agent::SlotOwner) -> bool {
         owner.instance == self.instance && owner.incarnation == self.incarnation
     }
@@ -187,6 +193,8 @@ impl Registry {
             closing: CancellationToken::new(),
             streams: TaskTracker::new(),
         });
+        let giving_up = GivingUp { admin: agent.admin(), ownership: ownership.clone() };
+        tokio::spawn(stop.clone().run_until_cancelled_owned(giving_up.run()));
         let feed = Feed { workers, ownership, apps, config, gateways: agent.instances(Role::Gateway) };
         tokio::spawn(stop.clone().run_until_cancelled_owned(feed.run()));
         let publishing = publish_wills(due_wills, deps.owners.clone(), metrics.clone());
@@ -285,16 +293,21 @@ impl Feed {
 
     async fn slots(&mut self) {
         let map = self.ownership.slots.borrow_and_update().clone();
-        let owned: Vec<(u32, u64)> = (0..SLOTS)
-            .zip(&map.slots)
-            .filter(|(_, owner)| self.ownership.is_us(owner))
-            .map(|(slot, owner)| (slot, owner.epoch))
-            .collect();
-        tracing::info!(slots = owned.len(), revision = map.revision, "slots are assigned");
-        let mut parts: Vec<HashMap<u32, u64>> = vec![HashMap::new(); self.workers.len()];
-        for (worker, part) in self.workers.split(owned, |(slot, _)| *slot) {
-            parts[worker] = part.into_iter().collect();
+        let mut parts: Vec<Slots> = (0..self.workers.len()).map(|_| Slots::default()).collect();
+        let (mut owned, mut leaving, mut coming) = (0, 0, 0);
+        for (slot, owner) in (0..SLOTS).zip(&map.slots) {
+            let part = &mut parts[self.workers.worker_of(slot)];
+            let to = map.moving_to.get(&slot);
+            if self.ownership.is_us(owner) {
+                part.owned.insert(slot, owner.epoch);
+                owned += 1;
+                leaving += usize::from(to.is_some());
+            } else if to.is_some_and(|to| *to == self.ownership.instance) {
+                part.coming.insert(slot);
+                coming += 1;
+            }
         }
+        tracing::info!(slots = owned, leaving, coming, revision = map.revision, "slots are assigned");
         for (worker, part) in parts.into_iter().enumerate() {
             self.workers.to(worker, Input::Slots(part)).await;
         }

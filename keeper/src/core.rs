@@ -33,6 +33,8 @@ pub struct Limits {
     pub instance_ttl: Duration,
     /// What every lease gets on top when another node has become the leader, or this one has been started.
     pub lease_grace: Duration,
+    /// An owner that is told to give slots up has so long for it; then they are taken from it.
+    pub slot_hand_over: Duration,
     /// A quiet watch is told this often how far it has come.
     pub progress_interval: Duration,
     /// Below this much room on the disk, and the size of the store on top, nothing is put any more, until there is room
@@ -53,6 +55,7 @@ impl Default for Limits {
             open_commands: 64,
             instance_ttl: Duration::from_secs(10),
             lease_grace: Duration::from_secs(3),
+            slot_hand_over: Duration::from_secs(5),
             progress_interval: Duration::from_secs(5),
             disk_reserve_bytes: 64 * 1024 * 1024,
             snapshot_every: 5_000,

@@ -231,7 +231,7 @@ impl Keeper {
         let mut tasks = JoinSet::new();
         tasks.spawn(leases::run(core.clone()));
         tasks.spawn(disk::run(core.clone()));
-        tasks.spawn(slots::run(core.clone()));
+        tasks.spawn(slots::keeping::run(core.clone()));
         tasks.spawn(commands::sweep(core.clone()));
         tasks.spawn(membership::steward(core.clone(), advertise.clone()));
         let server = tokio::spawn(serve(core.clone(), &home, options.listener));

@@ -298,6 +298,11 @@ impl Keeper for Service {
         self.core.list_instances().await.map(Response::new)
     }
 
+    async fn yield_slots(&self, request: Request<v1::YieldSlotsRequest>) -> Answer<v1::YieldSlotsResponse> {
+        self.count("yield_slots");
+        self.core.yield_slots(request.into_inner()).await.map(Response::new)
+    }
+
     async fn send_command(
         &self,
         request: Request<v1::SendCommandRequest>,

@@ -1,16 +1,18 @@
-//! Who owns which slot: a pure function of what was and who is alive, and the leader's task that keeps it true.
+//! Who owns which slot: a pure function of what was and who is there. A slot whose owner lives goes over in two steps: the
+//! owner is told that it is to give it up, and the other gets it when it has, or when that takes too long. ADR 16.
+//!
+//! [`keeping`] is the leader's task that keeps this true, and what owners that give slots up ask for.
+
+pub(crate) mod keeping;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use carillon_agent::keys;
 use carillon_proto::topic::SLOTS;
 use carillon_proto::v1;
 use prost::Message as _;
 
-use crate::core::{Core, compare_mod_revision, put};
-use crate::raft::{Leadership, Unavailable};
-use crate::state::{Changes, State};
+use crate::state::State;
 
 /// The role whose instances own slots.
 const ROLE: &str = "registry";
@@ -22,28 +24,71 @@ pub(crate) struct Owner {
     pub incarnation: u64,
 }
 
-/// Who owns each slot, and since which epoch.
+/// Who owns a slot, since which epoch, and who is to get it when it is given up.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Slot {
+    owner: Option<Owner>,
+    epoch: u64,
+    moving_to: Option<Owner>,
+}
+
+impl Slot {
+    /// Under another owner, or another life of the same.
+    fn goes_to(&self, owner: Option<Owner>) -> Slot {
+        Slot { owner, epoch: self.epoch + 1, moving_to: None }
+    }
+}
+
+/// All slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Assignment {
     /// `SLOTS` of them.
-    slots: Vec<(Option<Owner>, u64)>,
+    slots: Vec<Slot>,
 }
 
 impl Default for Assignment {
     fn default() -> Self {
-        Assignment { slots: vec![(None, 0); SLOTS as usize] }
+        Assignment { slots: vec![Slot::default(); SLOTS as usize] }
     }
 }
 
-/// The next assignment: even to within one slot, nobody loses a slot that need not, and the epoch of each slot whose
-/// owner or owner's incarnation changes grows.
-pub(crate) fn assign(previous: &Assignment, instances: &[Owner]) -> Assignment {
+/// Who is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Present {
+    /// All that live.
+    living: Vec<Owner>,
+    /// Those among them that are to own slots.
+    candidates: Vec<Owner>,
+}
+
+impl Present {
+    /// When all that live drain, they go on until there is somebody else.
+    pub(crate) fn of(state: &State) -> Present {
+        let instances = state.prefix(keys::INSTANCES).filter_map(|(key, item)| {
+            v1::InstanceRecord::decode(item.value.clone())
+                .inspect_err(|error| tracing::warn!(key, %error, "instance record cannot be read"))
+                .ok()
+        });
+        let instances: Vec<(bool, Owner)> = instances
+            .filter(|instance| instance.roles.iter().any(|role| role == ROLE))
+            .map(|i| (i.draining, Owner { instance: i.id, incarnation: i.incarnation }))
+            .collect();
+        let living: Vec<Owner> = instances.iter().map(|(_, owner)| owner.clone()).collect();
+        let active: Vec<Owner> =
+            instances.into_iter().filter(|(draining, _)| !draining).map(|(_, owner)| owner).collect();
+        Present { candidates: if active.is_empty() { living.clone() } else { active }, living }
+    }
+}
+
+/// Even to within one slot, and nobody loses a slot that need not. `held`: by slot, the candidate that has it, or is to
+/// have it.
+fn balance(held_by: &[Option<&str>], candidates: &[Owner]) -> Vec<Option<Owner>> {
     let alive: BTreeMap<&str, &Owner> =
-        instances.iter().map(|owner| (owner.instance.as_str(), owner)).collect();
+        candidates.iter().map(|owner| (owner.instance.as_str(), owner)).collect();
     let mut held: BTreeMap<&str, Vec<usize>> = alive.keys().map(|&id| (id, Vec::new())).collect();
     let mut free = Vec::new();
-    for (slot, (owner, _)) in previous.slots.iter().enumerate() {
-        match owner.as_ref().and_then(|owner| held.get_mut(owner.instance.as_str())) {
+    for (slot, holder) in held_by.iter().enumerate() {
+        match holder.and_then(|holder| held.get_mut(holder)) {
             Some(slots) => slots.push(slot),
             None => free.push(slot),
         }
@@ -73,134 +118,116 @@ pub(crate) fn assign(previous: &Assignment, instances: &[Owner]) -> Assignment {
             next[slot] = Some(alive[id].clone());
         }
     }
-    let slots = next.into_iter().zip(&previous.slots).map(|(owner, (before, epoch))| {
-        let epoch = if owner == *before { *epoch } else { epoch + 1 };
-        (owner, epoch)
+    next
+}
+
+/// The next assignment. An owner that lives, in the same life, is told first; from one that does not, or that has had its
+/// time (`overdue`), a slot goes at once. Its epoch grows with each change of owner, and of an owner's incarnation.
+pub(crate) fn assign(
+    previous: &Assignment,
+    present: &Present,
+    overdue: impl Fn(usize, &Slot) -> bool,
+) -> Assignment {
+    let is_candidate = |owner: &&Owner| present.candidates.iter().any(|one| one.instance == owner.instance);
+    // A slot that is on its way counts as where it goes, so that one move is not taken back by the next.
+    let held_by: Vec<Option<&str>> = previous
+        .slots
+        .iter()
+        .map(|slot| {
+            let holder = slot.moving_to.as_ref().filter(is_candidate).or(slot.owner.as_ref());
+            holder.map(|owner| owner.instance.as_str())
+        })
+        .collect();
+    let next = balance(&held_by, &present.candidates);
+    let slots = previous.slots.iter().zip(next).enumerate().map(|(number, (slot, next))| {
+        if slot.owner == next {
+            return Slot { moving_to: None, ..slot.clone() };
+        }
+        let is_told = slot.owner.as_ref().is_some_and(|owner| present.living.contains(owner));
+        match next {
+            Some(next) if is_told && !overdue(number, slot) => Slot { moving_to: Some(next), ..slot.clone() },
+            next => slot.goes_to(next),
+        }
     });
     Assignment { slots: slots.collect() }
 }
 
 impl Assignment {
-    fn to_record(&self) -> v1::SlotRecord {
-        let mut record = v1::SlotRecord::default();
+    /// What `owner` has finished with goes over, if it is (still) to: by slot and epoch. Not to somebody who has gone
+    /// meanwhile: then the leader looks for another. Returns how many.
+    fn yielded(&mut self, owner: &Owner, given_up: &[(u32, u64)], living: &[Owner]) -> usize {
+        let mut moved = 0;
+        for &(number, epoch) in given_up {
+            let Some(slot) = self.slots.get_mut(number as usize) else { continue };
+            if slot.epoch == epoch
+                && slot.owner.as_ref() == Some(owner)
+                && let Some(next) = slot.moving_to.clone().filter(|next| living.contains(next))
+            {
+                *slot = slot.goes_to(Some(next));
+                moved += 1;
+            }
+        }
+        moved
+    }
+
+    /// Slots that are on their way, with their epochs.
+    fn moving(&self) -> impl Iterator<Item = (usize, u64)> {
+        let moving = self.slots.iter().enumerate().filter(|(_, slot)| slot.moving_to.is_some());
+        moving.map(|(number, slot)| (number, slot.epoch))
+    }
+
+    /// The largest epoch.
+    pub(crate) fn newest(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.epoch).max().unwrap_or(0)
+    }
+
+    /// The same owners, each under this epoch.
+    pub(crate) fn under(self, epoch: u64) -> Assignment {
+        let slots = self.slots.into_iter().map(|slot| Slot { epoch, moving_to: None, ..slot });
+        Assignment { slots: slots.collect() }
+    }
+
+    pub(crate) fn to_record(&self) -> v1::SlotRecord {
         let mut places: BTreeMap<&Owner, u32> = BTreeMap::new();
-        for (owner, epoch) in &self.slots {
-            let place = owner.as_ref().map_or(0, |owner| {
-                *places.entry(owner).or_insert_with(|| {
-                    let Owner { instance, incarnation } = owner.clone();
-                    record.owners.push(v1::slot_record::Owner { instance, incarnation });
-                    record.owners.len() as u32
-                })
-            });
-            record.owner_of.push(place);
-            record.epochs.push(*epoch);
+        let mut record = v1::SlotRecord::default();
+        for slot in &self.slots {
+            record.owner_of.push(place_of(slot.owner.as_ref(), &mut places));
+            record.epochs.push(slot.epoch);
+            record.moving_to.push(place_of(slot.moving_to.as_ref(), &mut places));
+        }
+        let mut owners: Vec<(&Owner, u32)> = places.into_iter().collect();
+        owners.sort_unstable_by_key(|(_, place)| *place);
+        let owners = owners.into_iter().map(|(owner, _)| v1::slot_record::Owner {
+            instance: owner.instance.clone(),
+            incarnation: owner.incarnation,
+        });
+        record.owners = owners.collect();
+        // Nothing moves: as every version writes it.
+        if record.moving_to.iter().all(|place| *place == 0) {
+            record.moving_to.clear();
         }
         record
     }
 
-    fn from_record(record: &v1::SlotRecord) -> Self {
+    pub(crate) fn from_record(record: &v1::SlotRecord) -> Self {
+        let owner_at = |place: u32| {
+            let owner = (place as usize).checked_sub(1).and_then(|place| record.owners.get(place))?;
+            Some(Owner { instance: owner.instance.clone(), incarnation: owner.incarnation })
+        };
         let mut assignment = Assignment::default();
         let both = record.owner_of.iter().zip(&record.epochs);
-        for (slot, (place, epoch)) in assignment.slots.iter_mut().zip(both) {
-            let owner = (*place as usize).checked_sub(1).and_then(|place| record.owners.get(place));
-            let owner = owner.map(|o| Owner { instance: o.instance.clone(), incarnation: o.incarnation });
-            *slot = (owner, *epoch);
+        for (number, (slot, (&place, &epoch))) in assignment.slots.iter_mut().zip(both).enumerate() {
+            let moving_to = owner_at(record.moving_to.get(number).copied().unwrap_or(0));
+            *slot = Slot { owner: owner_at(place), epoch, moving_to };
         }
         assignment
     }
 }
 
-/// Who may own slots. When all of them drain, they go on until there is somebody else.
-fn candidates(state: &State) -> Vec<Owner> {
-    let instances = state.prefix(keys::INSTANCES).filter_map(|(key, item)| {
-        v1::InstanceRecord::decode(item.value.clone())
-            .inspect_err(|error| tracing::warn!(key, %error, "instance record cannot be read"))
-            .ok()
-    });
-    let (active, draining): (Vec<_>, Vec<_>) = instances
-        .filter(|instance| instance.roles.iter().any(|role| role == ROLE))
-        .partition(|instance| !instance.draining);
-    let chosen = if active.is_empty() { draining } else { active };
-    chosen.into_iter().map(|i| Owner { instance: i.id, incarnation: i.incarnation }).collect()
-}
-
-/// Keeps the assignment true for as long as this node leads.
-pub(crate) async fn run(core: Arc<Core>) {
-    let mut leadership = core.node.leadership();
-    loop {
-        let leader = *leadership.borrow_and_update();
-        let outcome = match leader {
-            Some(leader) => tokio::select! {
-                outcome = lead(&core, leader) => outcome,
-                changed = leadership.changed() => changed.map_err(|_| Unavailable::Failed("it has stopped".to_owned())),
-                () = core.stop.cancelled() => return,
-            },
-            None => tokio::select! {
-                changed = leadership.changed() => changed.map_err(|_| Unavailable::Failed("it has stopped".to_owned())),
-                () = core.stop.cancelled() => return,
-            },
-        };
-        if let Err(error) = outcome {
-            if core.node.failure().borrow().is_some() {
-                return;
-            }
-            tracing::warn!(%error, "slots not assigned, trying again");
-            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-        }
-    }
-}
-
-async fn lead(core: &Core, leader: Leadership) -> Result<(), Unavailable> {
-    // What former leaders have decided comes first.
-    core.node.linearize().await?;
-    let mut revisions = core.node.revision();
-    let watched = [keys::INSTANCES.to_owned(), keys::SLOTS.to_owned()];
-    let mut seen = None;
-    loop {
-        revisions.mark_unchanged();
-        let work = {
-            let state = core.node.state();
-            let now = state.revision();
-            let concerned = seen.is_none_or(|seen| match state.changes(&watched, seen, 1) {
-                Changes::Up { events, .. } => !events.is_empty(),
-                Changes::Compacted(_) | Changes::Ahead(_) => true,
-            });
-            seen = Some(now);
-            concerned.then(|| {
-                let item = state.get(keys::SLOTS);
-                let record = item.and_then(|item| v1::SlotRecord::decode(item.value.clone()).ok());
-                let previous = record.as_ref().map(Assignment::from_record).unwrap_or_default();
-                (item.map_or(0, |item| item.mod_revision), previous, candidates(&state))
-            })
-        };
-        if let Some((mod_revision, previous, candidates)) = work {
-            let next = assign(&previous, &candidates);
-            if next != previous {
-                let moved = next
-                    .slots
-                    .iter()
-                    .zip(&previous.slots)
-                    .filter(|(next, before)| next.1 != before.1)
-                    .count();
-                let txn = v1::TxnRequest {
-                    compare: vec![compare_mod_revision(keys::SLOTS, mod_revision)],
-                    then: vec![put(keys::SLOTS, &next.to_record(), 0)],
-                    otherwise: Vec::new(),
-                };
-                let applied = core.node.propose_as(leader, v1::KeeperEntry { txn: Some(txn) }).await?;
-                if applied.txn.is_some_and(|txn| txn.succeeded) {
-                    core.metrics.slots_moved.inc_by(moved as u64);
-                    tracing::info!(moved, owners = candidates.len(), "slots assigned");
-                } else {
-                    seen = None;
-                    continue;
-                }
-            }
-        }
-        if revisions.changed().await.is_err() {
-            return Ok(());
-        }
-    }
+/// 1 + the place of an owner among those of a record; 0 = none.
+fn place_of<'a>(owner: Option<&'a Owner>, places: &mut BTreeMap<&'a Owner, u32>) -> u32 {
+    let next = places.len() as u32 + 1;
+    owner.map_or(0, |owner| *places.entry(owner).or_insert(next))
 }
 
 #[cfg(test)]

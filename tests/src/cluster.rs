@@ -163,6 +163,11 @@ impl Cluster {
         self.keeper.ready().await;
     }
 
+    /// What the keeper has logged.
+    pub fn keeper_logs(&self) -> String {
+        self.keeper.logs()
+    }
+
     /// A gateway again, on the same data; it need not be ready yet.
     pub fn start_gateway(&mut self, gateway: usize) {
         self.gateways[gateway].process.again();

@@ -22,6 +22,9 @@ pub const UNSPECIFIED_ERROR: u8 = 0x80;
 pub const NOT_AUTHORIZED: u8 = 0x87;
 pub const QUOTA_EXCEEDED: u8 = 0x97;
 
+/// Before a second try; doubled with each further one. It is over when the slots change.
+const FIRST_BACKOFF: Duration = Duration::from_millis(10);
+
 /// The order of one connection's publishes.
 #[derive(Clone, Default)]
 pub struct Publisher {
@@ -103,11 +106,14 @@ impl Link {
 
     /// Looks after what is to be tried again in a slot, until nothing is.
     async fn try_again(self, publisher: Publisher, slot: u32) {
-        let mut backoff = Duration::from_millis(10);
+        let mut backoff = FIRST_BACKOFF;
         let mut pauses = true;
         loop {
             if std::mem::replace(&mut pauses, true) {
-                tokio::time::sleep(backoff).await;
+                tokio::select! {
+                    () = tokio::time::sleep(backoff) => {}
+                    () = self.inner.slots_changed.notified() => backoff = FIRST_BACKOFF,
+                }
             }
             let next = publisher.order.lock().next(slot, Instant::now());
             let (ticket, message, idempotent) = match next {
@@ -132,7 +138,7 @@ impl Link {
                 backoff = (backoff * 2).min(Duration::from_millis(500));
                 continue;
             };
-            backoff = Duration::from_millis(10);
+            backoff = FIRST_BACKOFF;
             let settled = publisher.order.lock().settled(slot, ticket);
             if let Some(publish) = settled {
                 (publish.done)(PublishOutcome { reason });

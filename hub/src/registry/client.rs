@@ -234,6 +234,7 @@ impl Publisher {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
         let mut registries = self.directory.watch(Role::Registry);
+        let mut slots = self.directory.agent().slots();
         while open || !in_flight.is_empty() || self.held > 0 {
             let room = self.options.queue.saturating_sub(in_flight.len() + self.held);
             tokio::select! {
@@ -255,6 +256,14 @@ impl Publisher {
                 }
                 Some(answer) = in_flight.next() => self.answered(answer, &mut in_flight),
                 _ = tick.tick(), if self.held > 0 => self.retry(&mut in_flight),
+                Ok(()) = slots.changed() => {
+                    slots.borrow_and_update();
+                    // What was refused because a slot moves may be taken now.
+                    for lane in self.lanes.values_mut() {
+                        (lane.retry_at, lane.backoff) = (Instant::now(), BACKOFF.0);
+                    }
+                    self.retry(&mut in_flight);
+                }
                 Ok(()) = registries.changed() => {
                     let alive = registries.borrow_and_update().clone();
                     self.owners.retain(|address, (_, gone)| {

@@ -4,6 +4,7 @@
 //! what is to be done in a list of [`Output`]s. It never waits and never reads a clock, so everything it does can be
 //! tested as a table.
 
+mod coming;
 mod loading;
 mod policy;
 mod presence;
@@ -193,6 +194,8 @@ pub struct Core {
     /// Topics to load again, and when.
     retry: VecDeque<(u64, u32, Box<str>)>,
     recent: RecentIds,
+    /// What was published to slots that are on their way to us: their publishers have heard first that they are ours.
+    coming: HashMap<u32, Vec<Publish>>,
     sweep: u32,
     out: Vec<Output>,
 }
@@ -215,6 +218,7 @@ impl Core {
             cold: Vec::new(),
             retry: VecDeque::new(),
             recent: RecentIds::default(),
+            coming: HashMap::new(),
             sweep: 0,
             out: Vec::new(),
         }

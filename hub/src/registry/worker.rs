@@ -52,7 +52,7 @@ pub enum Input {
         receiver: Receiver,
         changes: Vec<v1::SessionChange>,
     },
-    Slots(HashMap<u32, u64>),
+    Slots(Slots),
     Live(HashSet<(Arc<str>, u64)>),
     Apps(Arc<BTreeMap<String, Arc<App>>>),
     Limits(Limits),
@@ -68,6 +68,15 @@ pub enum Input {
         client_id: String,
         reply: oneshot::Sender<Option<u32>>,
     },
+}
+
+/// The slots of a worker's share that concern this instance.
+#[derive(Debug, Default)]
+pub struct Slots {
+    /// Ours, with their epochs.
+    pub owned: HashMap<u32, u64>,
+    /// Those of others that are to be ours.
+    pub coming: HashSet<u32>,
 }
 
 /// Where the answer to a publish goes. Dropped unanswered only when the process ends.
@@ -175,7 +184,7 @@ impl Workers {
         self.unanswered.load(Ordering::Relaxed)
     }
 
-    fn worker_of(&self, slot: u32) -> usize {
+    pub fn worker_of(&self, slot: u32) -> usize {
         slot as usize % self.inboxes.len()
     }
 

@@ -24,6 +24,8 @@ const TURN: usize = 256;
 const RETRY: Duration = Duration::from_millis(200);
 /// How often the logs are looked at, whether or not anything was missed; it also shows the saver that the share lives.
 const REFRESH: Duration = Duration::from_secs(30);
+/// Before a share moves nothing is handed out for so long at most.
+const FINISHING: Duration = Duration::from_secs(2);
 /// How long members whose stream was lost count as away at least: their gateway may be there, and comes back.
 const LOST_SECONDS: u32 = 30;
 
@@ -78,6 +80,10 @@ pub struct Home {
     is_acking: bool,
     is_refreshing: bool,
     is_writing: bool,
+    /// It is to move.
+    is_leaving: bool,
+    /// … and hands nothing out until this: its members finish what they have.
+    finishing_until: Option<Instant>,
     /// The saver failed: nothing is asked before this.
     pause_until: Option<Instant>,
     // What was added to the gauges.
@@ -126,6 +132,8 @@ impl Home {
             is_acking: false,
             is_refreshing: false,
             is_writing: false,
+            is_leaving: false,
+            finishing_until: None,
             pause_until: None,
             shown: (0, 0),
         };
@@ -204,8 +212,9 @@ impl Home {
         let mut commands = Vec::with_capacity(TURN);
         let mut messages = Vec::with_capacity(TURN);
         let mut is_routed = self.shared.receivers.is_routed(&self.filter);
+        self.look_whether_it_leaves();
         loop {
-            let pause = self.pause_until;
+            let (pause, finishing) = (self.pause_until, self.finishing_until);
             // A message on a topic that is new to the share says that all before it was seen. So after a gap, which is what a
             // refresh is for, the cursors are asked for first.
             let is_whole = !due_refresh && !self.is_refreshing && is_routed;
@@ -233,6 +242,11 @@ impl Home {
                     if !self.shared.ownership.owns(&self.key) {
                         return End::Lost;
                     }
+                    self.look_whether_it_leaves();
+                }
+                () = tokio::time::sleep_until(finishing.unwrap_or_else(Instant::now)), if finishing.is_some() => {
+                    // The keepers may be away: then it goes on.
+                    self.finishing_until = None;
                 }
                 Ok(()) = config.changed() => {
                     let limits = config.borrow_and_update().shares.limits();
@@ -267,6 +281,13 @@ impl Home {
                 }
                 return End::Empty;
             }
+        }
+    }
+
+    fn look_whether_it_leaves(&mut self) {
+        let is_leaving = self.shared.ownership.leaves(&self.key);
+        if is_leaving != std::mem::replace(&mut self.is_leaving, is_leaving) {
+            self.finishing_until = is_leaving.then(|| Instant::now() + FINISHING);
         }
     }
 
@@ -333,7 +354,9 @@ impl Home {
 
     /// Hands out what can be, asks for what is to be read, and has the cursors moved.
     fn act(&mut self) {
-        self.hand_out();
+        if self.finishing_until.is_none() {
+            self.hand_out();
+        }
         self.shared.metrics.dropped.inc_by(std::mem::take(&mut self.share.dropped));
         self.show();
         if self.pause_until.is_some() {

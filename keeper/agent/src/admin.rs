@@ -156,4 +156,20 @@ impl Admin {
         let (name, instance) = (name.to_owned(), instance.to_owned());
         Err(AdminError::Command { name, instance, outcome, output: command.output })
     }
+
+    /// As the owner of slots that are to go to others: hands these over, by slot and epoch. Returns how many have gone;
+    /// saying it twice does no harm.
+    pub async fn yield_slots(
+        &self,
+        instance: &str,
+        incarnation: u64,
+        slots: &[(u32, u64)],
+    ) -> Result<u32, AdminError> {
+        let slots = slots.iter().map(|&(slot, epoch)| v1::yield_slots_request::Slot { slot, epoch });
+        let (instance, slots) = (instance.to_owned(), slots.collect());
+        let request = v1::YieldSlotsRequest { instance, incarnation, slots };
+        let answer =
+            self.call(request, async |mut client, request| client.yield_slots(request).await).await?;
+        Ok(answer.moved)
+    }
 }

@@ -151,6 +151,8 @@ pub struct SlotMap {
     pub revision: u64,
     /// By slot, `topic::SLOTS` of them, or none before the first assignment.
     pub slots: Vec<SlotOwner>,
+    /// Slots whose owner is to give them up, and the instance that is to get them. Until it has, it owns them.
+    pub moving_to: BTreeMap<u32, Arc<str>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

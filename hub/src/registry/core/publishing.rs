@@ -16,9 +16,9 @@ impl Core {
             return self.out.push(refuse(PublishCode::Refused, text));
         }
         let number = slot_of(&publish.message.topic);
-        let Some(slot) = self.slots.get_mut(&number) else {
+        if !self.slots.contains_key(&number) && !self.coming.contains_key(&number) {
             return self.out.push(refuse(PublishCode::NotOwner, format!("slot {number} is not owned here")));
-        };
+        }
         if self.unanswered >= self.limits.unanswered {
             return self.out.push(refuse(
                 PublishCode::Overloaded,
@@ -26,6 +26,14 @@ impl Core {
             ));
         }
         self.unanswered += 1;
+        self.take(number, publish, now_ms);
+    }
+
+    /// A publish that is counted, to a slot that is ours or will be.
+    pub(super) fn take(&mut self, number: u32, publish: Publish, now_ms: u64) {
+        let Some(slot) = self.slots.get_mut(&number) else {
+            return self.coming.entry(number).or_default().push(publish);
+        };
         let topic = topic_entry(&mut slot.topics, &publish.message.topic, &mut self.topics);
         topic.used = true;
         if topic.load == Load::Ready {

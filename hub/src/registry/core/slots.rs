@@ -75,6 +75,9 @@ impl Core {
             }
             self.slots.insert(number, slot);
             self.fence(number);
+            for publish in self.arrived(number) {
+                self.take(number, publish, now_ms);
+            }
         }
         for early in std::mem::take(&mut self.early) {
             match self.slots.contains_key(&early.slot) {

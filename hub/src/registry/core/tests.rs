@@ -572,6 +572,31 @@ fn a_slot_that_is_ours_under_a_new_epoch_keeps_its_routes_and_sessions() {
     assert_eq!(bench.core.sizes().slots_not_whole, 0);
 }
 
+// --- slots on their way ---
+
+#[test]
+fn what_reaches_the_next_owner_before_it_has_heard_of_its_slot_waits_there() {
+    let mut bench = Bench::unfenced(Limits { unanswered: 2, idle_topics: 1000 });
+    let slot = slot_of(TOPIC);
+    assert_eq!(bench.publish(TOPIC, 1), ["reply 1 not_owner"]);
+    bench.core.set_coming(&HashSet::from([slot]));
+    assert_eq!(bench.publish(TOPIC, 1), [""; 0]);
+    assert_eq!(bench.publish(TOPIC, 1), [""; 0]);
+    assert_eq!(bench.publish(TOPIC, 1), ["reply 4 overloaded"], "within the limit of all publishes");
+    bench.core.set_slots(&HashMap::from([(slot, 4)]), NOW);
+    bench.core.set_coming(&HashSet::new());
+    assert_eq!(bench.run(), ["fence 4"]);
+    assert_eq!(bench.answer(done()), [format!("heads {TOPIC}")]);
+    assert_eq!(bench.answer(heads(&[7])), ["append 4:8", "append 4:9"], "in their order");
+    // It does not come after all.
+    let mut bench = Bench::unfenced(Limits { unanswered: 2, idle_topics: 1000 });
+    bench.core.set_coming(&HashSet::from([slot]));
+    bench.publish(TOPIC, 1);
+    bench.core.set_coming(&HashSet::new());
+    assert_eq!(bench.run(), ["reply 1 not_owner"]);
+    assert_eq!(bench.core.sizes().unanswered, 0);
+}
+
 // --- sessions ---
 
 fn webhook() -> Webhook {

@@ -130,7 +130,10 @@ impl Worker {
                     self.core.session_change(receiver, change, now_ms);
                 }
             }
-            Input::Slots(slots) => self.core.set_slots(&slots, now_ms),
+            Input::Slots(slots) => {
+                self.core.set_slots(&slots.owned, now_ms);
+                self.core.set_coming(&slots.coming);
+            }
             Input::Live(live) => self.core.set_live(live),
             Input::Apps(apps) => self.core.set_apps(apps),
             Input::Limits(limits) => self.core.set_limits(limits),

@@ -166,9 +166,15 @@ fn a_command_past_its_deadline_or_for_another_is_left_alone() {
 #[test]
 fn slots_are_read_whatever_the_record() {
     let owner = v1::slot_record::Owner { instance: "a".into(), incarnation: 3 };
-    let record = v1::SlotRecord { owners: vec![owner], owner_of: vec![1, 0, 9], epochs: vec![5, 6, 7] };
+    let record = v1::SlotRecord {
+        owners: vec![owner],
+        owner_of: vec![1, 0, 9],
+        epochs: vec![5, 6, 7],
+        moving_to: vec![0, 1, 9],
+    };
     let map = slot_map(4, record);
     assert_eq!(map.revision, 4);
     let flat: Vec<_> = map.slots.iter().map(|slot| (&*slot.instance, slot.incarnation, slot.epoch)).collect();
     assert_eq!(flat, [("a", 3, 5), ("", 0, 6), ("", 0, 7)]);
+    assert_eq!(map.moving_to, BTreeMap::from([(1, "a".into())]));
 }

@@ -104,7 +104,11 @@ pub(crate) fn slot_map(revision: u64, record: v1::SlotRecord) -> SlotMap {
             (owner as usize).checked_sub(1).and_then(|i| owners.get(i)).unwrap_or(&nobody).clone();
         SlotOwner { instance, incarnation, epoch }
     });
-    SlotMap { revision, slots: slots.collect() }
+    let moving_to = record.moving_to.iter().zip(0..).filter_map(|(&to, slot)| {
+        let (instance, _) = owners.get((to as usize).checked_sub(1)?)?;
+        Some((slot, instance.clone()))
+    });
+    SlotMap { revision, slots: slots.collect(), moving_to: moving_to.collect() }
 }
 
 pub(super) fn of_role(view: &View, role: Role) -> Vec<Instance> {
