@@ -5,12 +5,20 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use carillon_agent::keys;
+use carillon_proto::v1;
+use carillon_proto::v1::op::Put;
+use prost::Message as _;
 
 use crate::home::{Home, HomeError};
 use crate::identity::node_text;
 use crate::raft::{SnapshotFile, Storage};
+use crate::slots::Assignment;
+
+/// 1 January 2025, Unix time in microseconds: no clock that is right says less.
+const EARLIEST_US: u64 = 1_735_689_600_000_000;
 
 /// Why a snapshot is of no use.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +31,12 @@ pub enum SnapshotError {
     NotEmpty { path: PathBuf },
     #[error("{address:?} is not an address: it must be host:port")]
     Address { address: String },
+    #[error("the slots in {} cannot be read: {error}", path.display())]
+    Slots { path: PathBuf, error: prost::DecodeError },
+    #[error(
+        "the clock of this machine is wrong: it says {now_us} microseconds since 1970, which must be more than {newest}, the newest number of the snapshot: what is given out from now on has to be larger than all that was given out before"
+    )]
+    Clock { now_us: u64, newest: u64 },
 }
 
 /// What a snapshot holds.
@@ -76,6 +90,27 @@ pub fn inspect(path: &Path) -> Result<SnapshotInfo, SnapshotError> {
     })
 }
 
+/// Raises what fences: epochs of slots, tokens of leases, and revisions, to above all that the lost cluster may have given
+/// out since the snapshot, or one that was restored from it before. That is the time in microseconds: none of these
+/// numbers grows by a million a second, and it fits where numbers must be exact in JSON (2^53) until the year 2255.
+fn raise(path: &Path, file: &mut SnapshotFile, now_us: u64) -> Result<(), SnapshotError> {
+    let state = file.state_mut();
+    let slots = state.get(keys::SLOTS).map(|item| v1::SlotRecord::decode(item.value.clone())).transpose();
+    let slots = slots.map_err(|error| SnapshotError::Slots { path: path.to_owned(), error })?;
+    let slots = slots.as_ref().map(Assignment::from_record);
+    let newest = slots.as_ref().map_or(0, Assignment::newest).max(state.newest()).max(EARLIEST_US);
+    if now_us <= newest {
+        return Err(SnapshotError::Clock { now_us, newest });
+    }
+    let slots = slots.map(|slots| Put {
+        key: keys::SLOTS.to_owned(),
+        value: slots.under(now_us).to_record().encode_to_vec().into(),
+        lease: 0,
+    });
+    state.raise(now_us, slots.as_slice());
+    Ok(())
+}
+
 /// Makes a data directory of a snapshot: that of a new node, alone in its cluster, which others can then join. The
 /// cluster keeps its id, so that everything that knew it goes on; members of the old one that turn up start over.
 pub async fn restore(
@@ -96,11 +131,16 @@ pub async fn restore(
     {
         return Err(SnapshotError::NotEmpty { path: data_dir.to_owned() });
     }
+    let (_, mut file) = read(path)?;
+    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros());
+    raise(path, &mut file, u64::try_from(now_us).unwrap_or(u64::MAX))?;
     let home = Home::open(data_dir, None)?;
-    let (_, file) = read(path)?;
     let node = home.identity().node_id();
     Storage::restore(data_dir, file, node, address).await.map_err(io)?;
     // Last: a directory without it is a blank node's, and what lies in it is put away.
     home.settle(cluster)?;
     Ok(info)
 }
+
+#[cfg(test)]
+mod tests;

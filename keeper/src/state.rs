@@ -2,6 +2,7 @@
 //!
 //! Pure: an entry goes in, the state changes, what came of it comes out, the same on every node. No clock, no I/O.
 
+mod restoring;
 mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

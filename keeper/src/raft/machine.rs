@@ -182,6 +182,10 @@ impl SnapshotFile {
         &self.machinery.state
     }
 
+    pub(crate) fn state_mut(&mut self) -> &mut State {
+        &mut self.machinery.state
+    }
+
     /// Term and index of its last entry.
     pub(crate) fn place(&self) -> (u64, u64) {
         self.machinery.applied.map_or((0, 0), |id| (id.leader_id.term, id.index))
