@@ -1,10 +1,11 @@
 //! How a node comes to its cluster: a blank one founds one or asks to be taken in, one that was away finds out whether it
 //! is still what it was.
 //!
-//! A cluster is founded by the first of the configured peers (in the order of their names), alone, and only when every
-//! other peer has answered that it is blank: a founder that has lost its disk finds the others initialized, and joins
-//! them like everyone else.
+//! A cluster is founded by the first of the configured peers (in the order of their names), with all of them as voters from
+//! the first entry on, and only when every other peer has answered that it is blank: a founder that has lost its disk
+//! finds the others with a log, and joins them like everyone else. So nothing is acknowledged that only the founder has.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use carillon_proto::v1;
@@ -40,6 +41,8 @@ pub(crate) enum Standing {
     Removed,
     /// Its disk is older than what it has confirmed to the leader.
     Stale { confirmed: u64, found: u64 },
+    /// Another process with its id runs at this address: its disk is a copy.
+    Twice { address: String },
 }
 
 async fn identify(network: &Network, address: &str, confirm: bool) -> Result<v1::IdentifyResponse, Status> {
@@ -60,6 +63,13 @@ pub(crate) async fn standing(
     loop {
         let asked = addresses.iter().map(|address| identify(network, address, true));
         let answers = futures::future::join_all(asked).await;
+        // This one does not serve yet: whoever says that he is this node is another process.
+        let mut others = addresses.iter().zip(&answers);
+        if let Some((address, _)) =
+            others.find(|(_, answer)| answer.as_ref().is_ok_and(|answer| answer.node_id == own))
+        {
+            return Standing::Twice { address: address.clone() };
+        }
         for answer in answers.into_iter().flatten() {
             if answer.cluster_id != cluster || !answer.confirmed {
                 continue;
@@ -113,39 +123,32 @@ pub(crate) async fn join(
     while !core.node.is_initialized().await.map_err(|error| KeeperError::Node(error.to_string()))? {
         let asked = others.iter().map(|address| identify(core.node.network(), address, false));
         let answers = futures::future::join_all(asked).await;
-        let (mut missing, mut members) = (Vec::new(), Vec::new());
+        let (mut missing, mut members, mut blank) = (Vec::new(), Vec::new(), Vec::new());
         for (address, answer) in others.iter().zip(answers) {
             match answer {
-                // One that belongs to a cluster is not blank, whatever it has.
-                Ok(answer) if answer.initialized || !answer.cluster_id.is_empty() => {
-                    members.push((*address, answer));
-                }
-                Ok(_) => {}
+                Ok(answer) if answer.initialized => members.push((*address, answer)),
+                // It may have been told already which cluster it is to be of, by a founding that was interrupted.
+                Ok(answer) => blank.push((*address, answer)),
                 Err(status) => missing.push(format!("{address} ({})", status.message())),
             }
         }
         let known = core.node.identity().cluster();
-        let expected = known.as_deref().or(cluster);
-        if let Some((address, answer)) =
-            members.iter().find(|(_, answer)| expected.is_some_and(|expected| *expected != answer.cluster_id))
-        {
-            return Err(KeeperError::OtherCluster {
-                peer: (*address).clone(),
-                found: answer.cluster_id.clone(),
-                expected: expected.unwrap_or_default().to_owned(),
-            });
+        let told = members.iter().chain(&blank).filter(|(_, answer)| !answer.cluster_id.is_empty());
+        let first_told = told.clone().next().map(|(_, answer)| answer.cluster_id.clone());
+        let expected = known.as_deref().or(cluster).or(first_told.as_deref());
+        for (address, answer) in told {
+            if expected.is_some_and(|expected| *expected != answer.cluster_id) {
+                return Err(KeeperError::OtherCluster {
+                    peer: (*address).clone(),
+                    found: answer.cluster_id.clone(),
+                    expected: expected.unwrap_or_default().to_owned(),
+                });
+            }
         }
         let waits_for = match members.first() {
-            Some((_, first)) => {
+            Some(_) => {
                 let mut outcome = Ok(());
                 for (address, answer) in &members {
-                    if answer.cluster_id != first.cluster_id {
-                        return Err(KeeperError::OtherCluster {
-                            peer: (*address).clone(),
-                            found: answer.cluster_id.clone(),
-                            expected: first.cluster_id.clone(),
-                        });
-                    }
                     outcome = tokio::select! {
                         outcome = ask_to_be_taken_in(core, address, &answer.cluster_id, own) => outcome,
                         () = core.stop.cancelled() => return Ok(()),
@@ -159,17 +162,26 @@ pub(crate) async fn join(
                     Err(status) => format!("a keeper that takes this one in ({})", status.message()),
                 }
             }
-            // An id that is there already is from a founding that was interrupted: who took this node in would be a member.
+            // An id that is there already is from a founding that was interrupted: nobody has a log, so nothing was decided.
             None if may_found && missing.is_empty() => {
                 let new = uuid::Uuid::new_v4().to_string();
-                home.settle(expected.unwrap_or(&new))?;
-                core.node.found(own).await?;
-                tracing::info!(
-                    cluster = core.node.identity().cluster().as_deref(),
-                    node = node_text(core.node.id()),
-                    "new cluster founded"
-                );
-                continue;
+                let cluster = expected.unwrap_or(&new);
+                home.settle(cluster)?;
+                match adopt(core.node.network(), &blank, cluster).await {
+                    Ok(mut members) => {
+                        members.insert(core.node.id(), own.to_owned());
+                        let voters = members.len();
+                        core.node.found(members).await?;
+                        tracing::info!(
+                            cluster,
+                            node = node_text(core.node.id()),
+                            voters,
+                            "new cluster founded"
+                        );
+                        continue;
+                    }
+                    Err(status) => format!("all peers to be of the new cluster ({})", status.message()),
+                }
             }
             None if may_found => {
                 format!("all peers to answer before founding a cluster: {}", missing.join(", "))
@@ -186,6 +198,20 @@ pub(crate) async fn join(
         }
     }
     Ok(())
+}
+
+/// Tells blank nodes which cluster they are of. Gives their ids and addresses.
+async fn adopt(
+    network: &Network,
+    blank: &[(&String, v1::IdentifyResponse)],
+    cluster: &str,
+) -> Result<BTreeMap<u64, String>, Status> {
+    let told = blank.iter().map(|(address, answer)| async move {
+        let request = v1::AdoptRequest { cluster_id: cluster.to_owned(), node_id: answer.node_id };
+        network.stranger(address)?.adopt(within(ASK_TIMEOUT, request)).await?;
+        Ok((answer.node_id, (*address).clone()))
+    });
+    futures::future::try_join_all(told).await.map(|members| members.into_iter().collect())
 }
 
 /// Asks a member to have the leader take in the node at `own`.

@@ -119,6 +119,10 @@ pub enum KeeperError {
         others.join(", ")
     )]
     DamagedAndAlone { damage: String, others: Vec<String> },
+    #[error(
+        "keeper: node {node} runs at {address} already: this data directory is a copy of that one's, and two with one id would have two votes; start with an empty one"
+    )]
+    Twice { node: String, address: String },
     #[error("keeper: peer {peer} is of cluster {found}, not of {expected}")]
     OtherCluster { peer: String, found: String, expected: String },
     #[error("keeper: two document kinds are called {0}")]
@@ -277,7 +281,8 @@ async fn verified(
         opened => opened?,
     };
     let own = home.identity().node_id();
-    let known = found.members.iter().filter(|(id, _)| *id != own).map(|(_, address)| address);
+    // Also where this node was: who is there now?
+    let known = found.members.iter().map(|(_, address)| address);
     let mut addresses: Vec<String> =
         known.chain(peers).filter(|address| *address != advertise).cloned().collect();
     addresses.sort();
@@ -290,6 +295,10 @@ async fn verified(
     let network = Network::new(home.identity().clone());
     match joining::standing(&network, own, &cluster, &found, &addresses).await {
         Standing::AsBefore => return Ok(storage),
+        Standing::Twice { address } => {
+            storage.close();
+            return Err(KeeperError::Twice { node: node_text(own), address });
+        }
         Standing::Removed => tracing::warn!(
             node = node_text(own),
             "this node was taken out of its cluster: it starts over as a new one; what it held is kept in former/"

@@ -158,18 +158,20 @@ impl Node {
         Ok((node, task))
     }
 
-    /// Founds a cluster of this node alone. Nothing happens when it belongs to one already.
-    pub(crate) async fn found(&self, address: &str) -> Result<(), NodeError> {
-        let members = BTreeMap::from([(self.id(), BasicNode::new(address))]);
-        match self.raft.initialize(members).await {
+    /// Founds a cluster of these nodes, by id and address, this one among them: all have a vote at once. Nothing happens when
+    /// this one belongs to one already.
+    pub(crate) async fn found(&self, members: BTreeMap<u64, String>) -> Result<(), NodeError> {
+        let members = members.into_iter().map(|(id, address)| (id, BasicNode::new(address)));
+        match self.raft.initialize(members.collect::<BTreeMap<_, _>>()).await {
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(error) => Err(NodeError(error.to_string())),
         }
     }
 
-    /// Does it have a log: is it a member of a cluster, or was it one?
+    /// Does it have a log: is it a member of a cluster, or was it one? A vote alone is nothing that was decided.
     pub(crate) async fn is_initialized(&self) -> Result<bool, Unavailable> {
-        self.raft.is_initialized().await.map_err(|error| Unavailable::Failed(error.to_string()))
+        let has_log = self.raft.with_raft_state(|state| state.log_ids.last().is_some()).await;
+        has_log.map_err(|error| Unavailable::Failed(error.to_string()))
     }
 
     pub(crate) fn id(&self) -> u64 {

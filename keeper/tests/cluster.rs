@@ -544,3 +544,71 @@ async fn agents_and_tools_follow_the_cluster_when_the_keeper_they_were_told_is_g
     agent.stop().await;
     cluster.stop_all().await;
 }
+
+/// What the founder has acknowledged is there without it, from the first write on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_founder_that_loses_its_disk_after_its_first_write_takes_nothing_along() {
+    let mut cluster = Cluster::plan(3).await;
+    // The first by name founds.
+    let founder = (0..3).min_by_key(|&place| cluster.nodes[place].address.clone()).unwrap();
+    for place in 0..3 {
+        cluster.start(place).await;
+    }
+    // At once: it is not waited for who has a vote.
+    cluster.write(founder, "first", "1").await;
+    drop(cluster.nodes[founder].keeper.take());
+    let directory = cluster.nodes[founder].directory.clone();
+    let begun = Instant::now();
+    while std::fs::remove_dir_all(&directory).is_err() {
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    let left = (founder + 1) % 3;
+    cluster.leader().await;
+    assert_eq!(cluster.read(left, "first").await.as_deref(), Some("1"));
+    // And what was not written then can be now.
+    cluster.write(left, "second", "2").await;
+    cluster.start(founder).await;
+    cluster.settled(3).await;
+    assert_eq!(cluster.read(founder, "first").await.as_deref(), Some("1"));
+    cluster.stop_all().await;
+}
+
+/// The founder is lost before anything was decided: who was told of the cluster founds it with its successor.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_founding_that_was_interrupted_is_done_again() {
+    let mut cluster = Cluster::plan(3).await;
+    cluster.start(1).await;
+    cluster.start(2).await;
+    let adopted = v1::AdoptRequest { cluster_id: "begun".to_owned(), node_id: cluster.id(1) };
+    let url = format!("http://{}", cluster.nodes[1].address);
+    let mut peer = v1::keeper_peer_client::KeeperPeerClient::connect(url).await.unwrap();
+    peer.adopt(adopted).await.unwrap();
+    cluster.start(0).await;
+    cluster.settled(3).await;
+    for place in 0..3 {
+        assert_eq!(cluster.keeper(place).status().cluster_id, "begun");
+    }
+    cluster.write(2, "k", "1").await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_a_volume_is_refused_while_its_node_runs() {
+    let mut cluster = Cluster::of(3).await;
+    cluster.write(1, "k", "1").await;
+    let path = cluster.directory.path().join("copied");
+    copy(&cluster.nodes[1].directory, &path);
+    let address = free_address(5).await;
+    let mut peers = cluster.peers.clone();
+    peers.push(address.clone());
+    let refused = Keeper::start(options(&path, &address, &peers).await).await.err().unwrap().to_string();
+    let (id, at) = (format!("{:016x}", cluster.id(1)), &cluster.nodes[1].address);
+    assert!(refused.contains(&format!("node {id} runs at {at} already")), "{refused}");
+    cluster.settled(3).await;
+    // Once that one has gone, it is the node, wherever it is.
+    cluster.stop(1).await;
+    let moved = Keeper::start(options(&path, &address, &peers).await).await;
+    assert!(moved.is_ok(), "{:?}", moved.err());
+    moved.unwrap().stop().await;
+    cluster.stop_all().await;
+}
