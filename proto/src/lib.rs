@@ -6,6 +6,7 @@ pub mod v1 {
     tonic::include_proto!("carillon.v1");
 }
 
+pub mod codec;
 pub mod exchange;
 pub mod filter_tree;
 mod moving;
