@@ -36,6 +36,8 @@ struct Measured {
     #[serde(flatten)]
     latency: Latency,
     failed: usize,
+    /// Time of the processes' CPUs that one took, all nodes together, microseconds.
+    cpu_us: Option<f64>,
 }
 
 /// Milliseconds.
@@ -72,7 +74,7 @@ fn failed(error: impl std::fmt::Display) -> CliError {
 async fn load(args: &BenchKeeperArgs, clients: usize, what: &str, write: bool) -> Result<Measured, CliError> {
     let value = vec![b'v'; args.value_bytes as usize];
     let mut tasks = JoinSet::new();
-    let begun = Instant::now();
+    let (begun, busy) = (Instant::now(), cpu(&args.pid)?);
     let until = begun + args.time;
     for connection in 0..clients.div_ceil(CLIENTS_PER_CONNECTION) {
         let node = &args.keeper[connection % args.keeper.len()];
@@ -105,7 +107,9 @@ async fn load(args: &BenchKeeperArgs, clients: usize, what: &str, write: bool) -
         failures += failed;
     }
     let per_second = all.len() as f64 / begun.elapsed().as_secs_f64();
-    Ok(Measured { what: what.to_owned(), clients, per_second, latency: Latency::of(all), failed: failures })
+    let cpu_us = each(busy, cpu(&args.pid)?, all.len()).map(|seconds| seconds * 1e6);
+    let latency = Latency::of(all);
+    Ok(Measured { what: what.to_owned(), clients, per_second, latency, failed: failures, cpu_us })
 }
 
 /// Many watch a key that is written at a rate: from the moment of the write to the moment that each sees it.
@@ -140,16 +144,11 @@ async fn watched(args: &BenchKeeperArgs) -> Result<(Measured, Option<f64>), CliE
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let bytes = match (before, memory(&args.pid)?) {
-        (Some(before), Some(after)) => {
-            Some(after.saturating_sub(before) as f64 / args.watchers.max(1) as f64)
-        }
-        _ => None,
-    };
+    let bytes = each(before, memory(&args.pid)?, args.watchers);
     let mut writer = Store::connect(&args.keeper[0], args.etcd).await.map_err(failed)?;
     let mut tick = tokio::time::interval(Duration::from_secs(1) / args.watched_rate);
     let mut value = vec![b'v'; args.value_bytes as usize];
-    let (begun, mut writes) = (Instant::now(), 0usize);
+    let (begun, busy, mut writes) = (Instant::now(), cpu(&args.pid)?, 0usize);
     while begun.elapsed() < args.time {
         tick.tick().await;
         let now = clock.elapsed().as_micros() as u64;
@@ -159,6 +158,7 @@ async fn watched(args: &BenchKeeperArgs) -> Result<(Measured, Option<f64>), CliE
     }
     let took = begun.elapsed();
     tokio::time::sleep(Duration::from_secs(1)).await;
+    let busy = (busy, cpu(&args.pid)?);
     stop.store(true, Ordering::Relaxed);
     // Everyone hears of the end.
     writer.put("bench/watched", b"end").await.map_err(failed)?;
@@ -171,6 +171,7 @@ async fn watched(args: &BenchKeeperArgs) -> Result<(Measured, Option<f64>), CliE
         what: "watch".to_owned(),
         clients: args.watchers,
         per_second: all.len() as f64 / took.as_secs_f64(),
+        cpu_us: each(busy.0, busy.1, all.len()).map(|seconds| seconds * 1e6),
         latency: Latency::of(all),
         failed: missing,
     };
@@ -178,41 +179,63 @@ async fn watched(args: &BenchKeeperArgs) -> Result<(Measured, Option<f64>), CliE
 }
 
 /// Resident memory of processes, bytes; None: of none.
-fn memory(pids: &[u32]) -> Result<Option<u64>, CliError> {
+fn memory(pids: &[u32]) -> Result<Option<f64>, CliError> {
+    sum(pids, "status", |status| {
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.trim().split(' ').next()?.parse::<f64>().ok().map(|kb| kb * 1024.0)
+    })
+}
+
+/// CPU time that processes have used, user and system, seconds; None: of none.
+fn cpu(pids: &[u32]) -> Result<Option<f64>, CliError> {
+    sum(pids, "stat", |stat| {
+        // The name may hold anything, spaces too.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let ticks = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+        // What `sysconf(_SC_CLK_TCK)` is everywhere.
+        Some(ticks / 100.0)
+    })
+}
+
+fn sum(pids: &[u32], file: &str, read: impl Fn(&str) -> Option<f64>) -> Result<Option<f64>, CliError> {
     let mut all = None;
     for pid in pids {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+        let text = std::fs::read_to_string(format!("/proc/{pid}/{file}"))
             .map_err(|error| CliError::Failed(format!("process {pid}: {error}")))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kb: u64 = line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0);
-        all = Some(all.unwrap_or(0) + kb * 1024);
+        all = Some(all.unwrap_or(0.0) + read(&text).unwrap_or(0.0));
     }
     Ok(all)
 }
 
+/// What each of so many took.
+fn each(before: Option<f64>, after: Option<f64>, count: usize) -> Option<f64> {
+    Some((after? - before?).max(0.0) / count.max(1) as f64)
+}
+
 async fn keeper(args: BenchKeeperArgs) -> Result<(), CliError> {
     let mut measured = Vec::new();
+    // First: what a load has left behind would be taken for room by the watches.
+    let (watch, bytes_per_watch) = match args.watchers {
+        0 => (None, None),
+        _ => watched(&args).await.map(|(watch, bytes)| (Some(watch), bytes))?,
+    };
     for &clients in &args.clients {
         measured.push(load(&args, clients, "write", true).await?);
     }
     for &clients in &args.clients {
         measured.push(load(&args, clients, "read", false).await?);
     }
-    let mut bytes_per_watch = None;
-    if args.watchers > 0 {
-        let (watch, bytes) = watched(&args).await?;
-        measured.push(watch);
-        bytes_per_watch = bytes;
-    }
+    measured.extend(watch);
     print(args.output, &Report { measured, bytes_per_watch }, |report| {
         let mut lines = vec![format!(
-            "{:<6} {:>8} {:>12} {:>10} {:>10} {:>10} {:>7}",
-            "", "clients", "a second", "p50 ms", "p99 ms", "max ms", "failed"
+            "{:<6} {:>8} {:>12} {:>10} {:>10} {:>10} {:>7} {:>10}",
+            "", "clients", "a second", "p50 ms", "p99 ms", "max ms", "failed", "CPU us"
         )];
         for one in &report.measured {
             let Latency { p50_ms, p99_ms, max_ms } = one.latency;
+            let cpu = one.cpu_us.map_or_else(|| "-".to_owned(), |us| format!("{us:.0}"));
             lines.push(format!(
-                "{:<6} {:>8} {:>12.0} {p50_ms:>10.2} {p99_ms:>10.2} {max_ms:>10.2} {:>7}",
+                "{:<6} {:>8} {:>12.0} {p50_ms:>10.2} {p99_ms:>10.2} {max_ms:>10.2} {:>7} {cpu:>10}",
                 one.what, one.clients, one.per_second, one.failed
             ));
         }
