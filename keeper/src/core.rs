@@ -40,8 +40,8 @@ pub struct Limits {
     /// Below this much room on the disk, and the size of the store on top, nothing is put any more, until there is room
     /// again. Bytes.
     pub disk_reserve_bytes: u64,
-    /// A snapshot is made after this many entries; so many are read again at most at a start. A fifth as many stay in the
-    /// log after a snapshot, for followers that are a little behind.
+    /// A snapshot is made after this many entries; so many are read again at most at a start. A fifth as many, 1,000 at
+    /// most, stay in the log after a snapshot, for followers that are a little behind.
     pub snapshot_every: u64,
 }
 
@@ -58,7 +58,7 @@ impl Default for Limits {
             slot_hand_over: Duration::from_secs(5),
             progress_interval: Duration::from_secs(5),
             disk_reserve_bytes: 64 * 1024 * 1024,
-            snapshot_every: 5_000,
+            snapshot_every: 20_000,
         }
     }
 }
@@ -91,6 +91,12 @@ impl From<Unavailable> for Status {
 }
 
 impl Core {
+    /// Calls and watches end.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+        self.node.wake_watches();
+    }
+
     /// Empty until this node belongs to one.
     pub(crate) fn cluster_id(&self) -> String {
         self.node.identity().cluster().map(|cluster| cluster.to_string()).unwrap_or_default()

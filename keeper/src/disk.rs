@@ -12,9 +12,12 @@ use tonic::Status;
 use v1::op::Op;
 
 use crate::core::Core;
+use crate::raft::KEPT_ENTRIES;
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(500);
+/// A log that is larger than this makes a snapshot due.
+const LOG_BYTES: u64 = 256 * 1024 * 1024;
 
 pub(crate) struct Disk {
     directory: PathBuf,
@@ -70,6 +73,12 @@ pub(crate) async fn run(core: Arc<Core>) {
     loop {
         let state = core.node.state().bytes() as u64;
         core.disk.look(core.limits.disk_reserve_bytes + state);
+        let progress = core.node.progress();
+        // Entries may be large: the log is cut before there are many, when that gives room.
+        if core.node.log_bytes() > LOG_BYTES && progress.applied > progress.snapshot + KEPT_ENTRIES {
+            // It says itself why it fails.
+            let _ = core.node.snapshot().await;
+        }
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
             () = core.stop.cancelled() => return,

@@ -470,7 +470,7 @@ impl KeeperHandle {
                 Err(_) => tracing::warn!("the lead is not handed over in time"),
             }
         }
-        self.core.stop.cancel();
+        self.core.stop();
         if tokio::time::timeout(STOP_TIMEOUT, &mut running.server).await.is_err() {
             tracing::debug!("calls are still under way, they are cut off");
             running.server.abort();
@@ -488,7 +488,7 @@ impl KeeperHandle {
 
 impl Drop for KeeperHandle {
     fn drop(&mut self) {
-        self.core.stop.cancel();
+        self.core.stop();
         let Some(running) = self.running.take() else { return };
         running.server.abort();
         // Consensus ends in the background, and the directory stays locked until it has.

@@ -9,9 +9,10 @@ use futures::{Stream, StreamExt as _};
 use openraft::errors::RaftError;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
+use v1::proposal_answer::Outcome;
 use v1::raft_snapshot_part::Part;
 
-use crate::core::Shared;
+use crate::core::{Core, Shared};
 use crate::home::Home;
 use crate::identity::node_text;
 use crate::raft::Unavailable;
@@ -22,6 +23,9 @@ use crate::raft::wire::{self, malformed};
 const MAX_SNAPSHOT_BYTES: u64 = 4 * 1024 * 1024 * 1024;
 /// Snapshots that are taken at a time.
 const SNAPSHOTS: usize = 1;
+
+/// Entries of another node that are being decided on at a time.
+const PROPOSALS: usize = 4096;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -44,6 +48,20 @@ impl Peers {
     }
 }
 
+/// Has an entry of another node decided on.
+async fn decided(core: &Core, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Status> {
+    if crate::disk::puts(&entry) {
+        core.disk.check()?;
+    }
+    let granted = crate::leases::grants(&entry);
+    let applied = core.node.propose_here(entry).await.map_err(|error| match error {
+        Unavailable::NotLeader { .. } => Status::aborted(error.to_string()),
+        error => error.into(),
+    })?;
+    core.leases.granted_all(&granted, &applied);
+    Ok(applied)
+}
+
 fn fatal(error: impl std::fmt::Display) -> Status {
     Status::unavailable(format!("this keeper has failed: {error}"))
 }
@@ -54,6 +72,7 @@ fn refused<E: std::error::Error>(error: RaftError<TypeConfig, E>) -> Status {
 
 #[tonic::async_trait]
 impl KeeperPeer for Peers {
+    type ProposeStream = Pin<Box<dyn Stream<Item = Result<v1::ProposalAnswer, Status>> + Send>>;
     type AppendStream = Pin<Box<dyn Stream<Item = Result<v1::RaftAppended, Status>> + Send>>;
 
     async fn append(&self, request: Request<Streaming<v1::RaftAppend>>) -> Answer<Self::AppendStream> {
@@ -133,18 +152,27 @@ impl KeeperPeer for Peers {
         Ok(Response::new(wire::take_lead_answer(&answer)))
     }
 
-    async fn propose(&self, request: Request<v1::KeeperEntry>) -> Answer<v1::KeeperApplied> {
-        let entry = self.check(request)?;
-        if crate::disk::puts(&entry) {
-            self.core.disk.check()?;
-        }
-        let granted = crate::leases::grants(&entry);
-        let applied = self.core.node.propose_here(entry).await.map_err(|error| match error {
-            Unavailable::NotLeader { .. } => Status::aborted(error.to_string()),
-            error => error.into(),
-        })?;
-        self.core.leases.granted_all(&granted, &applied);
-        Ok(Response::new(applied))
+    async fn propose(&self, request: Request<Streaming<v1::Proposal>>) -> Answer<Self::ProposeStream> {
+        let proposals = self.check(request)?;
+        let core = self.core.clone();
+        let proposals = proposals.take_until(core.stop.clone().cancelled_owned());
+        // One that makes no sense ends the stream: those that follow it cannot be read either.
+        let proposals = proposals.take_while(|proposal| std::future::ready(proposal.is_ok()));
+        let answers =
+            proposals.filter_map(|proposal| std::future::ready(proposal.ok())).map(move |proposal| {
+                let core = core.clone();
+                async move {
+                    let outcome = match decided(&core, proposal.entry.unwrap_or_default()).await {
+                        Ok(applied) => Outcome::Applied(applied),
+                        Err(status) => Outcome::Refused(v1::ProposalRefused {
+                            code: status.code() as i32,
+                            message: status.message().to_owned(),
+                        }),
+                    };
+                    Ok(v1::ProposalAnswer { id: proposal.id, outcome: Some(outcome) })
+                }
+            });
+        Ok(Response::new(Box::pin(answers.buffer_unordered(PROPOSALS))))
     }
 
     async fn read_index(&self, request: Request<v1::ReadIndexRequest>) -> Answer<v1::ReadIndexResponse> {

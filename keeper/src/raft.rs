@@ -1,8 +1,11 @@
 //! Consensus behind one small boundary: [`Node`]. Nothing of openraft is seen outside this module.
 
 mod codec;
+mod forwarding;
+mod groups;
 mod log_store;
 mod machine;
+mod measures;
 mod members;
 pub(crate) mod network;
 mod reading;
@@ -20,16 +23,19 @@ use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::impls::ProgressResponder;
 use openraft::{BasicNode, Config, Instant as _, Raft, RaftMetrics, SnapshotPolicy};
 use parking_lot::Mutex;
+use prometheus::IntCounter;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::{Code, Status};
+use tonic::Status;
 
 use crate::identity::Identity;
 use crate::state::State;
+use forwarding::Forwarding;
 use log_store::LogStore;
 use machine::Machine;
 pub(crate) use machine::SnapshotFile;
+pub(crate) use measures::Measures;
 use network::{Network, within};
 use reading::Readers;
 pub(crate) use storage::{Found, Storage, StorageError};
@@ -40,6 +46,8 @@ const ELECTION_MIN_MS: u64 = 1_000;
 const ELECTION_MAX_MS: u64 = 2_000;
 /// A snapshot must be with a follower within this.
 const SNAPSHOT_TIMEOUT_MS: u64 = 60_000;
+/// Entries that stay in the log after a snapshot, at most: for followers that are a little behind.
+pub(crate) const KEPT_ENTRIES: u64 = 1_000;
 /// An entry that is not committed within this is given up waiting for; a leader is waited for as long.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two looks for a leader.
@@ -71,6 +79,19 @@ pub(crate) enum Unavailable {
     Full(String),
 }
 
+impl Unavailable {
+    /// In a word.
+    fn reason(&self) -> &'static str {
+        match self {
+            Unavailable::NotLeader { .. } => "no_leader",
+            Unavailable::Timeout => "timeout",
+            Unavailable::Unknown(_) => "unknown",
+            Unavailable::Failed(_) => "failed",
+            Unavailable::Full(_) => "full",
+        }
+    }
+}
+
 /// The term in which this node leads: what is proposed with it is refused when another term has begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Leadership {
@@ -98,12 +119,23 @@ pub(crate) struct Node {
     log: LogStore,
     network: Network,
     readers: Readers,
+    forwarding: Forwarding,
     /// When a leader was last heard.
     heard: Arc<Mutex<Instant>>,
     /// Held while the membership is changed.
     changing: Arc<tokio::sync::Mutex<()>>,
     leadership: watch::Receiver<Option<Leadership>>,
     failure: watch::Receiver<Option<String>>,
+    measures: Measures,
+}
+
+/// As the leader sees it.
+pub(crate) struct PeerProgress {
+    pub id: u64,
+    /// Entries that are not known to be on its disk.
+    pub lag: u64,
+    /// The last heartbeat there and back.
+    pub round_trip: Option<Duration>,
 }
 
 impl Node {
@@ -122,7 +154,9 @@ impl Node {
             election_timeout_max: ELECTION_MAX_MS,
             install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_every),
-            max_in_snapshot_log_to_keep: snapshot_every / 5,
+            max_in_snapshot_log_to_keep: (snapshot_every / 5).min(KEPT_ENTRIES),
+            // Who is farther behind gets the snapshot, which must be newer than that.
+            replication_lag_threshold: snapshot_every.saturating_mul(2).max(5_000),
             enable_pre_vote: Some(true),
             enable_leader_restore: Some(false),
             ..Config::default()
@@ -142,7 +176,9 @@ impl Node {
         }
         let (leadership_sender, leadership) = watch::channel(None);
         let (failure_sender, failure) = watch::channel(None);
-        let task = tokio::spawn(observe(raft.clone(), id, leadership_sender, failure_sender));
+        let measures = Measures::new(&log, &machine).map_err(|error| failed(&error))?;
+        let seen = measures.leaders_seen.clone();
+        let task = tokio::spawn(observe(raft.clone(), id, seen, leadership_sender, failure_sender));
         let node = Node {
             identity,
             raft,
@@ -150,10 +186,12 @@ impl Node {
             log,
             network,
             readers: Readers::default(),
+            forwarding: Forwarding::default(),
             heard: Arc::new(Mutex::new(Instant::now())),
             changing: Arc::default(),
             leadership,
             failure,
+            measures,
         };
         Ok((node, task))
     }
@@ -261,6 +299,11 @@ impl Node {
         self.machine.revision()
     }
 
+    /// Has everyone look who waits for the revision to grow.
+    pub(crate) fn wake_watches(&self) {
+        self.machine.wake();
+    }
+
     /// Does this node lead?
     pub(crate) fn leadership(&self) -> watch::Receiver<Option<Leadership>> {
         self.leadership.clone()
@@ -274,6 +317,7 @@ impl Node {
     /// Has an entry decided on, here or by the node that leads, and says what came of it. Waits for a leader if there is
     /// none.
     pub(crate) async fn propose(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
+        let _pending = self.measures.proposed();
         let deadline = Instant::now() + PROPOSE_TIMEOUT;
         loop {
             let outcome = if self.leads() {
@@ -283,7 +327,7 @@ impl Node {
             };
             match outcome {
                 Err(Unavailable::NotLeader { .. }) if Instant::now() + RETRY < deadline => sleep(RETRY).await,
-                outcome => return outcome,
+                outcome => return self.measures.counted(outcome),
             }
         }
     }
@@ -309,24 +353,27 @@ impl Node {
     }
 
     async fn propose_there(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
-        let mut client = self.leader_client()?;
-        let answer = client.propose(within(PROPOSE_TIMEOUT, entry)).await;
-        answer.map(tonic::Response::into_inner).map_err(|status| {
-            // FAILED_PRECONDITION: another node, or one of another cluster, is at the address.
-            let refused = matches!(status.code(), Code::Aborted | Code::FailedPrecondition);
-            if refused || was_not_sent(&status) {
-                return self.not_leader();
-            }
-            match status.code() {
-                Code::DeadlineExceeded => Unavailable::Timeout,
-                Code::ResourceExhausted => Unavailable::Full(status.message().to_owned()),
-                _ => Unavailable::Unknown(status.message().to_owned()),
-            }
-        })
+        let leader = self.leader().ok_or(Unavailable::NotLeader { leader: None })?;
+        let answer = self.forwarding.ask(leader, || self.leader_client(), entry);
+        match timeout(PROPOSE_TIMEOUT, answer).await {
+            Ok(Some(answer)) => answer,
+            Ok(None) => Err(self.not_leader()),
+            Err(_) => Err(Unavailable::Timeout),
+        }
     }
 
     /// The same, but only while this leadership lasts.
     pub(crate) async fn propose_as(
+        &self,
+        leadership: Leadership,
+        entry: v1::KeeperEntry,
+    ) -> Result<v1::KeeperApplied, Unavailable> {
+        let _pending = self.measures.proposed();
+        let outcome = self.propose_in(leadership, entry).await;
+        self.measures.counted(outcome)
+    }
+
+    async fn propose_in(
         &self,
         leadership: Leadership,
         entry: v1::KeeperEntry,
@@ -380,6 +427,30 @@ impl Node {
         self.log.disk_bytes()
     }
 
+    /// Size of the snapshot's file.
+    pub(crate) fn snapshot_bytes(&self) -> u64 {
+        self.machine.disk_bytes()
+    }
+
+    /// What is counted here as it happens.
+    pub(crate) fn measures(&self) -> &Measures {
+        &self.measures
+    }
+
+    /// As the leader: how the others follow. Nobody, while another node leads.
+    pub(crate) fn peers(&self) -> Vec<PeerProgress> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let last = metrics.last_log_index.map_or(0, |index| index + 1);
+        let others = metrics.replication.iter().flatten().filter(|(id, _)| **id != self.id());
+        let progress = others.map(|(&id, matched)| PeerProgress {
+            id,
+            lag: last.saturating_sub(matched.map_or(0, |matched| matched.index + 1)),
+            round_trip: self.network.round_trip(id),
+        });
+        progress.collect()
+    }
+
     /// Makes a snapshot now, so that the next start has little to read. It is made in the background.
     pub(crate) async fn snapshot(&self) -> Result<(), Unavailable> {
         self.raft.trigger().snapshot().await.map_err(|error| Unavailable::Failed(error.to_string()))
@@ -411,35 +482,36 @@ fn was_not_sent(status: &Status) -> bool {
     false
 }
 
-/// Turns openraft's metrics into the two things that the rest of the keeper waits for.
+/// Turns openraft's metrics into the two things that the rest of the keeper waits for. Of those that change seldom: the
+/// others change with each entry.
 async fn observe(
     raft: Raft<TypeConfig, Machine>,
     id: u64,
+    leaders_seen: IntCounter,
     leadership: watch::Sender<Option<Leadership>>,
     failure: watch::Sender<Option<String>>,
 ) {
-    let mut metrics = raft.metrics();
+    let mut metrics = raft.server_metrics();
+    let last = raft.metrics();
     drop(raft);
+    let mut seen = None;
     loop {
-        let (now, failed) = {
-            let metrics = metrics.borrow_watched();
+        let now = {
+            let metrics = metrics.borrow_and_update();
+            let term = metrics.vote.leader_id.term;
+            let leader = metrics.current_leader.map(|leader| (term, leader));
+            if leader.is_some() && std::mem::replace(&mut seen, leader) != leader {
+                leaders_seen.inc();
+            }
             let leads = metrics.current_leader == Some(id) && metrics.state.is_leader();
-            let now = leads.then_some(Leadership { term: metrics.current_term, node_id: id });
-            (now, metrics.running_state.as_ref().err().map(ToString::to_string))
+            leads.then_some(Leadership { term, node_id: id })
         };
         leadership.send_if_modified(|present| std::mem::replace(present, now) != now);
-        if let Some(failed) = failed {
-            leadership.send_replace(None);
-            failure.send_replace(Some(failed));
-            return;
-        }
+        // It ends with consensus, whether that was told to, failed, or panicked.
         if metrics.changed().await.is_err() {
+            let reason = last.borrow_watched().running_state.as_ref().err().map(ToString::to_string);
             leadership.send_replace(None);
-            failure.send_if_modified(|present| {
-                let first = present.is_none();
-                present.get_or_insert_with(|| "it has stopped".to_owned());
-                first
-            });
+            failure.send_replace(Some(reason.unwrap_or_else(|| "it has stopped".to_owned())));
             return;
         }
     }

@@ -145,7 +145,9 @@ impl Core {
     }
 
     fn status(&self) -> v1::KeeperStatusResponse {
-        let progress = self.node.progress();
+        let (progress, measures) = (self.node.progress(), self.node.measures());
+        // Before the state, which must not be held up by the disk.
+        let log_bytes = self.node.log_bytes();
         let state = self.node.state();
         v1::KeeperStatusResponse {
             cluster_id: self.cluster_id(),
@@ -165,6 +167,13 @@ impl Core {
             watches: u64::try_from(self.metrics.watches.get()).unwrap_or(0),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             in_touch: self.node.in_touch(),
+            log_bytes,
+            snapshot_bytes: self.node.snapshot_bytes(),
+            proposals_pending: measures.pending(),
+            fsyncs: measures.fsyncs.get_sample_count(),
+            fsync_us: (measures.fsyncs.get_sample_sum() * 1e6) as u64,
+            leaders_seen: measures.leaders_seen.get(),
+            leases_expired: self.metrics.leases_expired.get(),
         }
     }
 }

@@ -106,7 +106,7 @@ pub struct KeeperArgs {
     /// The cluster that it must be; a new one gets this id [default: whichever]
     #[arg(long, env = "CARILLON_CLUSTER", value_name = "ID")]
     pub cluster: Option<String>,
-    /// Entries after which a snapshot is made, and the log before it given up [default: 5000]
+    /// Entries after which a snapshot is made, and the log before it given up [default: 20000]
     #[arg(long, env = "CARILLON_SNAPSHOT_EVERY", hide = true, value_name = "ENTRIES", value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_every: Option<u64>,
     #[command(subcommand)]

@@ -61,13 +61,19 @@ async fn status(keeper: &KeeperClientArgs) -> Result<(), CliError> {
             let role = role(&one.member);
             let text = match (&one.status, &one.error) {
                 (Some(status), _) => format!(
-                    "term {}  log {}  committed {}  applied {}  snapshot {}  {} watches{}",
+                    "term {}  log {}  committed {}  applied {}  snapshot {}  pending {}  on disk {} kB  fsync {:.1} ms  {} watches{}{}",
                     status.term,
                     status.last_log_index,
                     status.committed_index,
                     status.applied_index,
                     status.snapshot_index,
+                    status.proposals_pending,
+                    (status.log_bytes + status.snapshot_bytes) / 1024,
+                    status.fsync_us as f64 / 1000.0 / status.fsyncs.max(1) as f64,
                     status.watches,
+                    one.member
+                        .round_trip_us
+                        .map_or_else(String::new, |us| format!("  round trip {:.1} ms", us as f64 / 1000.0)),
                     if status.in_touch { "" } else { "  OUT OF TOUCH" },
                 ),
                 (None, error) => format!("DOES NOT ANSWER: {}", error.as_deref().unwrap_or_default()),

@@ -15,7 +15,7 @@ impl raft_log::Types for WalTypes {
     type LogId = WalLogId;
     type LogPayload = WalPayload;
     type Vote = WalVote;
-    type Callback = super::log_store::Flushed;
+    type Callback = super::groups::Group;
     type UserData = String;
 
     fn log_index(log_id: &WalLogId) -> u64 {

@@ -15,6 +15,7 @@ use raft_log::{Config, RaftLog, Types as _};
 use tokio::sync::oneshot;
 
 use super::codec::{WalLogId, WalPayload, WalTypes, WalVote};
+use super::groups::{Groups, Told};
 use super::types::{LogEntry, LogId, TypeConfig, Vote};
 
 /// A chunk file is closed at this size, and deleted when all that it holds is in a snapshot.
@@ -28,29 +29,16 @@ const BATCH_BYTES: usize = 1024 * 1024;
 const READ_BUFFER_BYTES: usize = 1024 * 1024;
 const FLUSH_QUEUE_BYTES: usize = 64 * 1024 * 1024;
 
-/// Who is told that a write is on disk.
-pub(crate) enum Flushed {
-    Raft(IOFlushed<TypeConfig>),
-    Waiter(oneshot::Sender<io::Result<()>>),
-}
-
-impl raft_log::Callback for Flushed {
-    fn send(self, result: io::Result<()>) {
-        match self {
-            Flushed::Raft(callback) => callback.io_completed(result),
-            Flushed::Waiter(sender) => drop(sender.send(result)),
-        }
-    }
-}
-
 /// A cheap handle. All writes go through one lock, so their order on disk is the order of the calls.
 #[derive(Clone)]
 pub(crate) struct LogStore {
-    /// None once closed.
-    log: Arc<Mutex<Option<RaftLog<WalTypes>>>>,
+    log: Log,
+    groups: Groups,
 }
 
-type Opened<'a> = MappedMutexGuard<'a, RaftLog<WalTypes>>;
+/// None once closed.
+pub(super) type Log = Arc<Mutex<Option<RaftLog<WalTypes>>>>;
+pub(super) type Opened<'a> = MappedMutexGuard<'a, RaftLog<WalTypes>>;
 
 impl LogStore {
     /// Opens or creates the log. An incomplete record at its end is what a crash leaves behind, and is cut off; damage
@@ -65,11 +53,17 @@ impl LogStore {
         config.wal.chunk_max_records = Some(CHUNK_RECORDS);
         config.wal.read_buffer_size = Some(READ_BUFFER_BYTES);
         config.wal.flush_queue_max_bytes = Some(FLUSH_QUEUE_BYTES);
-        // What has queued up during an fsync is the next group; nobody waits for company.
+        // It would wait for company, or (at zero) fsync each request by itself: groups are made here.
         config.wal.flush_batch_wait = Some(Duration::ZERO);
         config.log_cache_capacity = Some(CACHE_BYTES);
         config.log_cache_max_items = Some(CACHE_ENTRIES);
-        Ok(LogStore { log: Arc::new(Mutex::new(Some(RaftLog::open(Arc::new(config))?))) })
+        let log = Arc::new(Mutex::new(Some(RaftLog::open(Arc::new(config))?)));
+        Ok(LogStore { groups: Groups::new(&log)?, log })
+    }
+
+    /// How long groups take to the disk, and how large they are.
+    pub(crate) fn groups(&self) -> &Groups {
+        &self.groups
     }
 
     /// Size of the log's files.
@@ -84,16 +78,19 @@ impl LogStore {
 
     /// In a simulation time must stand still until it is on disk: the log's own thread knows nothing of simulated time.
     #[cfg(test)]
-    fn flush_at_once(log: &mut RaftLog<WalTypes>) -> io::Result<()> {
+    fn flush_at_once(groups: &Groups, log: &mut RaftLog<WalTypes>) -> io::Result<()> {
         let (sender, receiver) = oneshot::channel();
-        log.flush(true, Some(Flushed::Waiter(sender)))?;
+        groups.flush(log, 0, Told::Call(sender))?;
         futures::executor::block_on(receiver).map_err(io::Error::other)?
     }
 
     fn opened(&self) -> io::Result<Opened<'_>> {
-        MutexGuard::try_map(self.log.lock(), Option::as_mut)
-            .map_err(|_| io::Error::other("the log is closed"))
+        opened(&self.log)
     }
+}
+
+pub(super) fn opened(log: &Log) -> io::Result<Opened<'_>> {
+    MutexGuard::try_map(log.lock(), Option::as_mut).map_err(|_| io::Error::other("the log is closed"))
 }
 
 impl RaftLogReader<TypeConfig> for LogStore {
@@ -163,9 +160,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             log.save_vote(WalVote(*vote))?;
             #[cfg(test)]
             if turmoil::in_simulation() {
-                return LogStore::flush_at_once(&mut log);
+                return LogStore::flush_at_once(&self.groups, &mut log);
             }
-            log.flush(true, Some(Flushed::Waiter(sender)))?;
+            self.groups.flush(&mut log, 0, Told::Call(sender))?;
         }
         receiver.await.map_err(|_| io::Error::other("the log's writer has ended"))?
     }
@@ -173,9 +170,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
         let Some(committed) = committed else { return Ok(()) };
         let mut log = self.opened()?;
-        log.commit(WalLogId(committed))?;
         // It only saves time at the next start; it reaches the disk with the next entries.
-        log.flush(false, None)
+        log.commit(WalLogId(committed)).map(drop)
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
@@ -188,13 +184,17 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let mut log = self.opened()?;
-        log.append(entries.into_iter().map(|entry| (WalLogId(entry.log_id), WalPayload(entry.payload))))?;
+        let mut count = 0;
+        log.append(entries.into_iter().map(|entry| {
+            count += 1;
+            (WalLogId(entry.log_id), WalPayload(entry.payload))
+        }))?;
         #[cfg(test)]
         if turmoil::in_simulation() {
-            callback.io_completed(LogStore::flush_at_once(&mut log));
+            callback.io_completed(LogStore::flush_at_once(&self.groups, &mut log));
             return Ok(());
         }
-        log.flush(true, Some(Flushed::Raft(callback)))
+        self.groups.flush(&mut log, count, Told::Raft(callback))
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {

@@ -9,11 +9,14 @@ use futures::{Stream, TryStreamExt as _};
 use openraft::OptionalSend;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+use prometheus::Histogram;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::types::{Applied, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, Vote};
+use crate::metrics;
 use crate::state::State;
 
 /// Begins every snapshot file; then the checksum (XXH3, 8 bytes, big-endian) of the rest; then the state.
@@ -49,6 +52,8 @@ struct Inner {
     directory: PathBuf,
     /// Of the snapshot on disk; the lock is held while the file is replaced.
     on_disk: Mutex<Option<SnapshotMeta>>,
+    /// How long snapshots take.
+    seconds: Histogram,
 }
 
 impl Machine {
@@ -75,6 +80,8 @@ impl Machine {
                 machinery: RwLock::new(machinery),
                 directory: directory.to_owned(),
                 on_disk: Mutex::new(on_disk),
+                seconds: Histogram::with_opts(metrics::seconds(metrics::SNAPSHOT_SECONDS))
+                    .map_err(io::Error::other)?,
             }),
         })
     }
@@ -87,6 +94,11 @@ impl Machine {
         self.inner.revision.subscribe()
     }
 
+    /// Wakes those who wait for the revision.
+    pub(crate) fn wake(&self) {
+        self.inner.revision.send_modify(|_| ());
+    }
+
     /// Index of the last entry that the state holds, as it grows.
     pub(crate) fn applied(&self) -> watch::Receiver<u64> {
         self.inner.applied.subscribe()
@@ -94,6 +106,16 @@ impl Machine {
 
     pub(super) fn applied_id(&self) -> Option<LogId> {
         self.inner.machinery.read().applied
+    }
+
+    /// How long snapshots take.
+    pub(super) fn seconds(&self) -> &Histogram {
+        &self.inner.seconds
+    }
+
+    /// Size of the snapshot's file; 0: there is none.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        fs::metadata(self.inner.directory.join("current")).map_or(0, |file| file.len())
     }
 
     /// The state as it is now, as a snapshot's file.
@@ -221,6 +243,21 @@ fn write_snapshot(directory: &Path, body: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
+/// Tells those who wait for changes how far it has come.
+struct Changed<'a> {
+    inner: &'a Inner,
+    /// Index of the last entry, and the revision after it.
+    applied: Option<(u64, u64)>,
+}
+
+impl Drop for Changed<'_> {
+    fn drop(&mut self) {
+        let Some((index, revision)) = self.applied else { return };
+        self.inner.applied.send_replace(index);
+        self.inner.revision.send_if_modified(|present| std::mem::replace(present, revision) != revision);
+    }
+}
+
 impl RaftSnapshotBuilder<TypeConfig> for Machine {
     type SnapshotData = Vec<u8>;
 
@@ -229,8 +266,10 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
         let machinery = self.inner.machinery.read().clone();
         let machine = self.clone();
         let work = move || {
+            let begun = Instant::now();
             let (meta, body) = (machinery.meta(), machinery.encode()?);
             machine.store(&meta, &body)?;
+            machine.inner.seconds.observe(begun.elapsed().as_secs_f64());
             tracing::debug!(
                 index = meta.last_log_id.map(|id| id.index),
                 bytes = body.len(),
@@ -255,8 +294,10 @@ impl RaftStateMachine<TypeConfig> for Machine {
     where
         Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
+        // Told once for all of them, and if reading the log fails in between, for those before.
+        let mut changed = Changed { inner: &self.inner, applied: None };
         while let Some((entry, responder)) = entries.try_next().await? {
-            let (applied, revision) = {
+            let applied = {
                 let mut machinery = self.inner.machinery.write();
                 machinery.applied = Some(entry.log_id);
                 let applied = match entry.payload {
@@ -267,10 +308,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
                         Applied::default()
                     }
                 };
-                (applied, machinery.state.revision())
+                changed.applied = Some((entry.log_id.index, machinery.state.revision()));
+                applied
             };
-            self.inner.applied.send_replace(entry.log_id.index);
-            self.inner.revision.send_if_modified(|present| std::mem::replace(present, revision) != revision);
             if let Some(responder) = responder {
                 responder.send(applied);
             }

@@ -89,6 +89,10 @@ impl Node {
             matched_index: member.matched,
             matched_term: member.matched_term,
             heard_ms: member.heard.map_or(-1, |heard| i64::try_from(heard.as_millis()).unwrap_or(i64::MAX)),
+            round_trip_us: match member.heard {
+                Some(_) => self.network.round_trip(member.id).map_or(0, |took| took.as_micros() as u64),
+                None => 0,
+            },
         });
         members.collect()
     }

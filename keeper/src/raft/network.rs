@@ -1,6 +1,6 @@
 //! Node to node: one gRPC channel to each other node, a stream for the log, calls for the rest.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -24,6 +24,7 @@ use openraft::type_config::alias::WatchReceiverOf;
 use openraft::{BasicNode, OptionalSend, RaftMetrics};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -83,13 +84,15 @@ pub(crate) struct Network {
     identity: Arc<Identity>,
     /// By member: its address, and the channel to it.
     channels: Arc<Mutex<HashMap<u64, (String, Channel)>>>,
+    /// By member: the last heartbeat there and back.
+    round_trips: Arc<Mutex<HashMap<u64, Duration>>>,
     /// Of this node's consensus, once it runs.
     metrics: Arc<OnceLock<WatchReceiverOf<TypeConfig, RaftMetrics<TypeConfig>>>>,
 }
 
 impl Network {
     pub(crate) fn new(identity: Arc<Identity>) -> Self {
-        Network { identity, channels: Arc::default(), metrics: Arc::default() }
+        Network { identity, channels: Arc::default(), round_trips: Arc::default(), metrics: Arc::default() }
     }
 
     /// From now on members are where consensus says that they are.
@@ -109,6 +112,11 @@ impl Network {
         metrics.is_some_and(|metrics| super::hears_majority(&metrics.borrow_watched(), super::TOUCH))
     }
 
+    /// How long the last heartbeat to a member took, and back.
+    pub(super) fn round_trip(&self, node: u64) -> Option<Duration> {
+        self.round_trips.lock().get(&node).copied()
+    }
+
     /// A client for a member. It connects when first used.
     pub(crate) fn member(&self, node: u64, address: &str) -> Result<PeerClient, Status> {
         let mut channels = self.channels.lock();
@@ -120,6 +128,7 @@ impl Network {
                     let metrics = metrics.borrow_watched();
                     let members = metrics.membership_config.membership();
                     channels.retain(|known, _| members.get_node(known).is_some());
+                    self.round_trips.lock().retain(|known, _| members.get_node(known).is_some());
                 }
                 channels.insert(node, (address.to_owned(), channel.clone()));
                 channel
@@ -242,8 +251,8 @@ struct Sending<'s, S> {
     stream: Appending,
     /// None: all of it is sent.
     input: Option<S>,
-    /// Requests without an answer yet.
-    pending: usize,
+    /// Requests without an answer yet: when each was sent, if nothing has to go to disk first.
+    pending: VecDeque<Option<Instant>>,
 }
 
 type Appended = Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>;
@@ -253,7 +262,7 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin> Sending<'s,
     async fn next(mut self) -> Option<(Appended, Option<Self>)> {
         loop {
             let Some(input) = &mut self.input else {
-                if self.pending == 0 {
+                if self.pending.is_empty() {
                     self.peer.idle = Some(self.stream);
                     return None;
                 }
@@ -262,14 +271,18 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin> Sending<'s,
             let in_touch = self.peer.network.in_touch();
             tokio::select! {
                 request = input.next() => match request.map(|request| wire::append(request, in_touch)) {
-                    Some(Ok(request)) => match self.stream.requests.send(request).await {
-                        Ok(()) => self.pending += 1,
-                        Err(_) => return Some((Err(self.lost("the stream has ended")), None)),
-                    },
+                    Some(Ok(request)) => {
+                        // Behind others, it would wait for what they have to put on disk.
+                        let quick = request.entries.is_empty() && self.pending.is_empty();
+                        self.pending.push_back(quick.then(Instant::now));
+                        if self.stream.requests.send(request).await.is_err() {
+                            return Some((Err(self.lost("the stream has ended")), None));
+                        }
+                    }
                     Some(Err(error)) => return Some((Err(self.lost(&error.to_string())), None)),
                     None => self.input = None,
                 },
-                answer = self.stream.answers.message(), if self.pending > 0 => {
+                answer = self.stream.answers.message(), if !self.pending.is_empty() => {
                     return Some(self.taken(answer));
                 }
             }
@@ -282,7 +295,9 @@ impl<'s, S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin> Sending<'s,
     }
 
     fn taken(mut self, answer: Result<Option<v1::RaftAppended>, Status>) -> (Appended, Option<Self>) {
-        self.pending -= 1;
+        if let Some(sent) = self.pending.pop_front().flatten() {
+            self.peer.network.round_trips.lock().insert(self.peer.node, sent.elapsed());
+        }
         match answer.map(|answer| answer.map(wire::parse_appended).transpose()) {
             Ok(Ok(Some(Ok(place)))) => (Ok(Ok(place)), Some(self)),
             // The other node ends the stream after a refusal.
@@ -308,7 +323,7 @@ impl NetStreamAppend<TypeConfig> for Peer {
     {
         Box::pin(async move {
             let stream = self.appending(option.hard_ttl()).await?;
-            let sending = Sending { peer: self, stream, input: Some(input), pending: 0 };
+            let sending = Sending { peer: self, stream, input: Some(input), pending: VecDeque::new() };
             let answers = futures::stream::unfold(Some(sending), |sending| async { sending?.next().await });
             Ok(Box::pin(answers) as BoxStream<'s, _>)
         })

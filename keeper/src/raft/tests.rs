@@ -1,12 +1,15 @@
 //! openraft's own suite against our storage, and what it does not test: restarts, snapshots, damage.
 
 use openraft::storage::{
-    RaftLogReader as _, RaftLogStorage as _, RaftLogStorageExt as _, RaftSnapshotBuilder as _,
+    IOFlushed, RaftLogReader as _, RaftLogStorage as _, RaftLogStorageExt as _, RaftSnapshotBuilder as _,
     RaftStateMachine as _,
 };
+use std::io;
 use std::path::{Path, PathBuf};
 
 use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt as _;
+use openraft::type_config::alias::OneshotReceiverOf;
 use tempfile::TempDir;
 
 use super::types::{LogEntry, LogId, Payload, Vote};
@@ -71,6 +74,56 @@ async fn votes_and_entries_are_there_after_a_restart() {
         (10..=95).collect::<Vec<_>>()
     );
     assert!(matches!(&entries[0].payload, Payload::Normal(Entry(content)) if *content == put("k", "10")));
+}
+
+/// Appends one entry after the other, without waiting; each is told when it is on disk.
+async fn append_at_once(
+    log: &mut LogStore,
+    count: u64,
+) -> Vec<OneshotReceiverOf<TypeConfig, io::Result<()>>> {
+    let mut told = Vec::new();
+    for index in 0..count {
+        let (sender, receiver) = TypeConfig::oneshot();
+        log.append([entry(index)], IOFlushed::signal(sender)).await.unwrap();
+        told.push(receiver);
+    }
+    told
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_during_an_fsync_goes_to_disk_with_the_next() {
+    let directory = TempDir::new().unwrap();
+    let original = directory.path().join("original");
+    let mut log = LogStore::open(&original).unwrap();
+    for told in append_at_once(&mut log, 500).await {
+        told.await.unwrap().unwrap();
+    }
+    let (fsyncs, entries) = (log.groups().seconds.get_sample_count(), log.groups().sizes.get_sample_sum());
+    assert!((1..250).contains(&fsyncs), "{fsyncs} fsyncs");
+    assert_eq!(entries, 500.0);
+    // Whoever was told may rely on it: as after a SIGKILL.
+    let copied = directory.path().join("copied");
+    copy(&original, &copied);
+    let mut log = LogStore::open(&copied).unwrap();
+    assert_eq!(log.try_get_log_entries(0..1000).await.unwrap().len(), 500);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_ever_when_the_log_is_closed() {
+    for _ in 0..20 {
+        let directory = TempDir::new().unwrap();
+        let mut log = LogStore::open(directory.path()).unwrap();
+        let told = append_at_once(&mut log, 100).await;
+        log.close();
+        for told in told {
+            let told = timeout(Duration::from_secs(30), told).await.expect("it is told").unwrap();
+            assert!(
+                told.as_ref().is_err_and(|error| error.to_string().contains("does not write"))
+                    || told.is_ok()
+            );
+        }
+        assert!(log.append([entry(100)], IOFlushed::noop()).await.is_err());
+    }
 }
 
 /// What is on disk at this moment, as a crash would leave it for the next start.
@@ -244,6 +297,20 @@ async fn what_is_proposed_for_a_former_term_is_refused() {
     ));
     assert!(node.failure().wait_for(Option::is_some).await.is_ok());
     assert_eq!(*node.leadership().borrow(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consensus_that_has_panicked_does_not_look_alive() {
+    let directory = TempDir::new().unwrap();
+    let (node, _, _) = lead(directory.path()).await;
+    assert_eq!(*node.failure().borrow(), None);
+    let panicked = node.raft.with_raft_state(|_| panic!("as it must not")).await;
+    assert!(panicked.is_err());
+    let mut failure = node.failure();
+    let failed = timeout(Duration::from_secs(30), failure.wait_for(Option::is_some)).await;
+    assert!(failed.is_ok_and(|failed| failed.is_ok()));
+    assert!(!node.leads());
+    assert!(matches!(node.propose_here(put("a", "1")).await, Err(Unavailable::NotLeader { .. })));
 }
 
 #[tokio::test]

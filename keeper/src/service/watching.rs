@@ -3,13 +3,12 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::time::Duration;
 
 use carillon_proto::v1;
 use futures::{Stream, stream};
 use prometheus::IntGauge;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 use v1::watch_response::Kind;
 
@@ -55,6 +54,7 @@ pub(crate) async fn start(core: &Shared, request: v1::WatchRequest) -> Result<Me
         revisions: core.node.revision(),
         place: request.after_revision,
         ready: VecDeque::new(),
+        quiet: Box::pin(sleep(core.limits.progress_interval)),
         ended: false,
         _counted: counted,
     };
@@ -74,6 +74,8 @@ struct Watch {
     place: u64,
     /// What is said first: the state, in parts.
     ready: VecDeque<(Kind, u64, Vec<v1::WatchEvent>)>,
+    /// Until the watcher is told how far all is, if it is told nothing else.
+    quiet: Pin<Box<Sleep>>,
     /// The last message is sent.
     ended: bool,
     _counted: Counted,
@@ -90,23 +92,26 @@ impl Watch {
         if self.ended {
             return None;
         }
-        let quiet = self.core.limits.progress_interval;
-        let stop = self.core.stop.clone();
-        tokio::select! {
-            message = self.changes(quiet) => Some(message),
-            () = stop.cancelled() => Some(self.end("the keeper is stopping")),
-        }
+        let message = self.changes().await;
+        // Kept from message to message: to put it off costs nothing, a new one would.
+        self.quiet.as_mut().reset(Instant::now() + self.core.limits.progress_interval);
+        Some(message)
     }
 
-    async fn changes(&mut self, quiet: Duration) -> Message {
+    async fn changes(&mut self) -> Message {
         loop {
             self.revisions.mark_unchanged();
+            // A keeper that stops says so by way of the revision.
+            if self.core.stop.is_cancelled() {
+                return self.end("the keeper is stopping");
+            }
             let changes = self.core.node.state().changes(&self.prefixes, self.place, MESSAGE_BYTES);
             match changes {
                 Changes::Up { revision, events } => {
                     let behind = revision < self.core.node.state().revision();
                     self.place = revision;
                     if !events.is_empty() {
+                        self.core.metrics.watch_events.inc_by(events.len() as u64);
                         let events = events.iter().map(|event| (**event).clone()).collect();
                         return self.message(Kind::Events, revision, events);
                     }
@@ -126,10 +131,11 @@ impl Watch {
                 }
             }
             tokio::select! {
+                biased;
                 changed = self.revisions.changed() => if changed.is_err() {
                     return self.end("the keeper is stopping");
                 },
-                () = sleep(quiet) => {
+                () = &mut self.quiet => {
                     if !self.core.node.in_touch() {
                         // What happens elsewhere does not come here: the watcher is better off with another keeper.
                         return self.end("this keeper has lost its cluster");

@@ -8,6 +8,9 @@ use prost::Message as _;
 
 use super::{Item, Lease, State, event_bytes};
 
+/// What a key takes at most besides itself and its value.
+const ITEM_BYTES: usize = 64;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SnapshotError {
     #[error("cannot be decoded: {0}")]
@@ -17,17 +20,30 @@ pub(crate) enum SnapshotError {
 }
 
 impl State {
-    /// Encodes the state, and `raft_meta` with it.
+    /// Encodes the state, and `raft_meta` with it: in many small parts, which protobuf takes for one message, so that not
+    /// all of the state has to be there once more.
     pub(crate) fn encode(&self, raft_meta: Vec<u8>) -> Vec<u8> {
-        let snapshot = v1::KeeperSnapshot {
+        let head = v1::KeeperSnapshot {
             revision: self.revision,
             compacted_revision: self.compacted,
-            items: self.items.iter().map(|(key, item)| item.to_proto(key)).collect(),
             leases: self.leases.iter().map(|(&lease, body)| encode_lease(lease, body)).collect(),
-            events: self.events.iter().map(|event| (**event).clone()).collect(),
             raft_meta: raft_meta.into(),
+            ..Default::default()
         };
-        snapshot.encode_to_vec()
+        let size = head.encoded_len() + self.bytes + self.items.len() * ITEM_BYTES + self.event_bytes;
+        let mut bytes = Vec::with_capacity(size);
+        let mut put = |part: v1::KeeperSnapshot| {
+            // A vector always has room.
+            let _ = part.encode(&mut bytes);
+        };
+        put(head);
+        for (key, item) in &self.items {
+            put(v1::KeeperSnapshot { items: vec![item.to_proto(key)], ..Default::default() });
+        }
+        for event in &self.events {
+            put(v1::KeeperSnapshot { events: vec![(**event).clone()], ..Default::default() });
+        }
+        bytes
     }
 
     /// The state and the `raft_meta` that were encoded.

@@ -27,6 +27,17 @@ pub struct KeeperStatus {
     pub committed_index: u64,
     /// It hears a leader, or leads and hears a majority.
     pub in_touch: bool,
+    /// Sizes on disk.
+    pub log_bytes: u64,
+    pub snapshot_bytes: u64,
+    /// Entries that are proposed here and not decided.
+    pub proposals_pending: u64,
+    /// Writes to the log so far, and how long they and their fsync took.
+    pub fsyncs: u64,
+    pub fsync_us: u64,
+    /// Elections that this node has seen the outcome of.
+    pub leaders_seen: u64,
+    pub leases_expired: u64,
 }
 
 /// One of the keeper's nodes.
@@ -43,6 +54,8 @@ pub struct Member {
     pub matched_index: u64,
     /// Milliseconds since the leader last heard it; None = never.
     pub heard_ms: Option<u64>,
+    /// The leader's last heartbeat to it and back; None = not known.
+    pub round_trip_us: Option<u64>,
 }
 
 /// A node's id as people write it.
@@ -76,6 +89,13 @@ impl Admin {
             version: s.version,
             committed_index: s.committed_index,
             in_touch: s.in_touch,
+            log_bytes: s.log_bytes,
+            snapshot_bytes: s.snapshot_bytes,
+            proposals_pending: s.proposals_pending,
+            fsyncs: s.fsyncs,
+            fsync_us: s.fsync_us,
+            leaders_seen: s.leaders_seen,
+            leases_expired: s.leases_expired,
         })
     }
 
@@ -90,6 +110,7 @@ impl Admin {
             voter: member.voter,
             matched_index: member.matched_index,
             heard_ms: u64::try_from(member.heard_ms).ok(),
+            round_trip_us: (member.round_trip_us != 0).then_some(member.round_trip_us),
         };
         Ok(list.members.into_iter().map(member).collect())
     }
