@@ -4,42 +4,28 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use carillon_agent::pem::{self, PemError};
+use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{
     ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert, WebPkiClientVerifier,
 };
 use rustls::sign::CertifiedKey;
-use rustls::{RootCertStore, ServerConfig};
 
 use super::certificate::{self, CertificateError};
 use super::config::{ClientAuth, Protocol, TlsConfig, TlsVersion};
 
-/// The longest file that is taken for certificates or a key, bytes.
-const MAX_FILE_BYTES: u64 = 1024 * 1024;
-
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    #[error("cannot read {}: {error}", path.display())]
-    Read { path: PathBuf, error: std::io::Error },
-    #[error("{} is longer than {MAX_FILE_BYTES} bytes", .0.display())]
-    TooLong(PathBuf),
-    #[error("{} is not PEM: {error}", path.display())]
-    Pem { path: PathBuf, error: rustls::pki_types::pem::Error },
-    #[error("there is no certificate in {}", .0.display())]
-    NoCertificate(PathBuf),
-    #[error("there is no private key in {}", .0.display())]
-    NoKey(PathBuf),
+    #[error(transparent)]
+    Pem(#[from] PemError),
     #[error("{}: {error}", path.display())]
     Certificate { path: PathBuf, error: CertificateError },
-    #[error("the key in {} does not go with the certificate in {}: {error}", key.display(), certificate.display())]
-    Pair { certificate: PathBuf, key: PathBuf, error: rustls::Error },
     #[error("the certificate in {} names no DNS name: list them as `names`", .0.display())]
     NoNames(PathBuf),
     #[error("the authorities in {} cannot be used: {error}", path.display())]
-    ClientCa { path: PathBuf, error: String },
+    ClientCa { path: PathBuf, error: rustls::server::VerifierBuilderError },
     #[error("{0}")]
     Rustls(#[from] rustls::Error),
 }
@@ -57,20 +43,11 @@ impl Material {
         let pairs = config
             .certificates
             .iter()
-            .map(|pair| Ok((file(&pair.certificate)?, file(&pair.key)?)))
+            .map(|pair| Ok((pem::read(&pair.certificate)?, pem::read(&pair.key)?)))
             .collect::<Result<_, TlsError>>()?;
-        let client_ca = config.client_ca.as_ref().map(file).transpose()?;
+        let client_ca = config.client_ca.as_ref().map(pem::read).transpose()?;
         Ok(Material { pairs, client_ca })
     }
-}
-
-fn file(path: impl AsRef<Path>) -> Result<Vec<u8>, TlsError> {
-    let path = path.as_ref();
-    let failed = |error| TlsError::Read { path: path.to_owned(), error };
-    if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE_BYTES {
-        return Err(TlsError::TooLong(path.to_owned()));
-    }
-    std::fs::read(path).map_err(failed)
 }
 
 /// What the shards use.
@@ -120,17 +97,14 @@ pub fn load(
         (ClientAuth::None, ..) | (_, None, _) | (_, _, None) => builder.with_no_client_auth(),
         (auth, Some(path), Some(pem)) => {
             let path = PathBuf::from(path);
-            let failed = |error: String| TlsError::ClientCa { path: path.clone(), error };
-            let mut roots = RootCertStore::empty();
-            for authority in certificates_in(&path, pem)? {
-                roots.add(authority).map_err(|error| failed(error.to_string()))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            let roots = pem::authorities(&path, pem)?;
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
             let verifier = match auth {
                 ClientAuth::Optional => verifier.allow_unauthenticated(),
                 _ => verifier,
             };
-            builder.with_client_cert_verifier(verifier.build().map_err(|error| failed(error.to_string()))?)
+            let failed = |error| TlsError::ClientCa { path, error };
+            builder.with_client_cert_verifier(verifier.build().map_err(failed)?)
         }
     };
     let mut server = builder.with_cert_resolver(Arc::new(resolver));
@@ -152,16 +126,6 @@ pub fn load(
     Ok(Loaded { server: Arc::new(server), not_after, tickets })
 }
 
-fn certificates_in(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let certificates = CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| TlsError::Pem { path: path.to_owned(), error })?;
-    if certificates.is_empty() {
-        return Err(TlsError::NoCertificate(path.to_owned()));
-    }
-    Ok(certificates)
-}
-
 fn certified(
     path: &Path,
     key_path: &Path,
@@ -169,19 +133,11 @@ fn certified(
     key: &[u8],
     provider: &CryptoProvider,
 ) -> Result<(Arc<CertifiedKey>, certificate::Facts), TlsError> {
-    let certificates = certificates_in(path, certificates)?;
+    let certificates = pem::certificates(path, certificates)?;
     let facts = certificate::facts(&certificates[0])
         .map_err(|error| TlsError::Certificate { path: path.to_owned(), error })?;
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| match error {
-        rustls::pki_types::pem::Error::NoItemsFound => TlsError::NoKey(key_path.to_owned()),
-        error => TlsError::Pem { path: key_path.to_owned(), error },
-    })?;
-    let certified = CertifiedKey::from_der(certificates, key, provider).map_err(|error| TlsError::Pair {
-        certificate: path.to_owned(),
-        key: key_path.to_owned(),
-        error,
-    })?;
-    Ok((Arc::new(certified), facts))
+    let certified = pem::certified(path, certificates, key_path, key, provider)?;
+    Ok((certified, facts))
 }
 
 /// Certificates by the name that a device asks for.

@@ -11,6 +11,7 @@ pub mod app;
 pub mod document;
 pub mod keys;
 pub mod layers;
+pub mod pem;
 pub mod process;
 pub mod revoked;
 pub mod target;
