@@ -5,11 +5,13 @@ pub mod config;
 pub mod keeper;
 mod people;
 mod processes;
+mod security;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
 pub use self::people::*;
 pub use self::processes::*;
+pub use self::security::*;
 
 /// Where everything of one machine is kept unless said otherwise.
 pub const DEFAULT_DATA_DIR: &str = "./carillon-data";
@@ -81,12 +83,21 @@ pub enum OutputFormat {
     Json,
 }
 
-/// `http://host:port` of a keeper's node.
+/// `http://host:port` or `https://host:port` of a keeper's node.
 fn keeper_url(text: &str) -> Result<String, String> {
-    let rest = text.strip_prefix("http://").ok_or("must be http://host:port")?;
-    let (host, port) = rest.trim_end_matches('/').rsplit_once(':').ok_or("must be http://host:port")?;
+    const FORM: &str = "must be http://host:port, or https://host:port with certificates";
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).ok_or(FORM)?;
+    let (host, port) = rest.trim_end_matches('/').rsplit_once(':').ok_or(FORM)?;
     if host.is_empty() || port.parse::<u16>().is_err() {
-        return Err("must be http://host:port".to_owned());
+        return Err(FORM.to_owned());
     }
     Ok(text.trim_end_matches('/').to_owned())
+}
+
+/// One without TLS.
+fn plain_keeper_url(text: &str) -> Result<String, String> {
+    match keeper_url(text) {
+        Ok(url) if url.starts_with("http://") => Ok(url),
+        _ => Err("must be http://host:port".to_owned()),
+    }
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use carillon_agent::app::App;
 use carillon_agent::document::DocumentKind;
 use carillon_agent::revoked::Revoked;
-use carillon_agent::{Agent, Role};
+use carillon_agent::tls::Tls;
+use carillon_agent::{Agent, Role, keys};
 use carillon_gateway::config::GatewayConfig;
 use carillon_gateway::drain::Mover;
 use carillon_gateway::listeners::config::Protocol;
@@ -58,13 +59,14 @@ pub async fn start_keeper(options: KeeperOptions) -> anyhow::Result<KeeperHandle
 
 /// `carillon keeper`.
 pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Running> {
-    let process = Process::open(&args.process, "keeper").await?;
+    let process = Process::open(&args.process, "keeper", None).await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for all other processes").await?;
     let address = grpc.local_addr()?;
     let mut options = keeper_options(&process.data_dir, grpc, &process.metrics);
     options.cluster_id = args.cluster;
     options.advertise = args.advertise_grpc;
     options.peers = args.peers;
+    options.tls = args.tls.open()?;
     options.limits.snapshot_every = args.snapshot_every.unwrap_or(options.limits.snapshot_every);
     let keeper = start_keeper(options).await?;
     let keeper = SharedKeeper::new(keeper);
@@ -76,11 +78,12 @@ pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Runnin
 
 /// `carillon hub`.
 pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
-    let process = Process::open(&args.process, "hub").await?;
+    let tls = args.access.open(&args.keeper)?;
+    let process = Process::open(&args.process, "hub", tls.as_ref()).await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for other processes").await?;
     let http = listen(args.http, "--http", "the API and the console").await?;
     let labels = args.labels.labels();
-    let agent = process.agent(args.keeper, &args.roles, &labels);
+    let agent = process.agent(args.keeper, tls, &args.roles, &labels);
     let cluster = cluster_of(&agent).await;
     let mut advertise = BTreeMap::new();
     advertise.extend(args.advertise_grpc.map(|address| ("grpc".to_owned(), address)));
@@ -110,9 +113,10 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
 
 /// `carillon gateway`.
 pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Running> {
-    let process = Process::open(&args.process, "gateway").await?;
+    let tls = args.access.open(&args.keeper)?;
+    let process = Process::open(&args.process, "gateway", tls.as_ref()).await?;
     let labels = args.labels.labels();
-    let agent = process.agent(args.keeper, &[Role::Gateway], &labels);
+    let agent = process.agent(args.keeper, tls, &[Role::Gateway], &labels);
     let mut listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
     for listener in &mut listeners {
         listener.advertise = match listener.protocol {
@@ -182,8 +186,15 @@ struct Process {
 }
 
 impl Process {
-    async fn open(args: &ProcessArgs, command: &str) -> anyhow::Result<Self> {
-        let data_dir = DataDir::open(&args.data_dir, command)?;
+    /// A new one is called what its certificate calls it.
+    async fn open(args: &ProcessArgs, command: &str, tls: Option<&Arc<Tls>>) -> anyhow::Result<Self> {
+        let name = tls.and_then(|tls| tls.now().subject.name.clone());
+        if let Some(name) = &name {
+            keys::check_instance(name).map_err(|what| {
+                anyhow!("the name in the certificate, {name:?}, {what}, so that it is no instance id")
+            })?;
+        }
+        let data_dir = DataDir::open_as(&args.data_dir, command, name.as_deref())?;
         let ops = listen(args.ops, "--ops", "metrics and health").await?;
         let metrics = prometheus::Registry::new();
         ops::register_process(&metrics, command)?;
@@ -192,10 +203,17 @@ impl Process {
 
     /// The agent, with a cache in the data directory. It knows who it is from the start: the first configuration, also
     /// one from the cache, is what is meant for this process.
-    fn agent(&self, keepers: Vec<String>, roles: &[Role], labels: &BTreeMap<String, String>) -> Agent {
+    fn agent(
+        &self,
+        keepers: Vec<String>,
+        tls: Option<Arc<Tls>>,
+        roles: &[Role],
+        labels: &BTreeMap<String, String>,
+    ) -> Agent {
         let cache = self.data_dir.path().join(AGENT_CACHE);
         let id = self.data_dir.instance("");
-        let agent = Agent::start(carillon_agent::Options::new(keepers).with_cache(cache, id.as_str()));
+        let options = carillon_agent::Options::new(keepers).with_tls(tls);
+        let agent = Agent::start(options.with_cache(cache, id.as_str()));
         agent.identify(&id, roles, labels.clone());
         agent
     }

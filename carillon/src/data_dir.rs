@@ -67,6 +67,11 @@ pub struct DataDir {
 impl DataDir {
     /// Takes the directory, and makes it when it is not there. The start is counted durably before this returns.
     pub fn open(path: &Path, purpose: &str) -> Result<Self, DataDirError> {
+        DataDir::open_as(path, purpose, None)
+    }
+
+    /// The same; when it is new, this is the process's instance id.
+    pub fn open_as(path: &Path, purpose: &str, instance: Option<&str>) -> Result<Self, DataDirError> {
         let shown = path.display().to_string();
         let io = |source| DataDirError::Io { path: shown.clone(), source };
         fs::create_dir_all(path).map_err(io)?;
@@ -82,7 +87,8 @@ impl DataDir {
                 format: FORMAT,
                 purpose: purpose.to_owned(),
                 cluster: uuid::Uuid::new_v4().to_string(),
-                instance: format!("{purpose}-{:08x}", rand::random::<u32>()),
+                instance: instance
+                    .map_or_else(|| format!("{purpose}-{:08x}", rand::random::<u32>()), str::to_owned),
                 first_api_key: random_key(),
                 starts: 0,
             },

@@ -5,7 +5,7 @@
 
 mod checks;
 mod explain;
-mod fields;
+pub(crate) mod fields;
 mod path;
 mod releases;
 mod sets;

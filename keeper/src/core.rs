@@ -10,6 +10,7 @@ use prost::Message;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::access::Protection;
 use crate::disk::Disk;
 use crate::leases::Leases;
 use crate::metrics::Metrics;
@@ -71,6 +72,7 @@ pub(crate) struct Core {
     pub leases: Leases,
     pub disk: Disk,
     pub metrics: Metrics,
+    pub protection: Protection,
     /// Publishing is one at a time here; across nodes the compares see to it.
     pub publishing: tokio::sync::Mutex<()>,
     /// Snapshots that are being saved.

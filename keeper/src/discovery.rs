@@ -9,6 +9,7 @@ use rand::RngExt as _;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use crate::access::Caller;
 use crate::core::{Core, compare_mod_revision, decode, lease_gone, put};
 use crate::raft::network::within;
 
@@ -123,6 +124,7 @@ impl Core {
 
     pub(crate) async fn register(
         &self,
+        caller: &Caller,
         request: v1::RegisterRequest,
     ) -> Result<v1::RegisterResponse, Status> {
         let Some(mut instance) = request.instance else {
@@ -130,6 +132,7 @@ impl Core {
         };
         keys::check_instance(&instance.id)
             .map_err(|what| Status::invalid_argument(format!("instance id {:?} {what}", instance.id)))?;
+        caller.check_instance(&instance)?;
         if instance.encoded_len() > MAX_INSTANCE_BYTES {
             return Err(Status::invalid_argument(format!(
                 "the record is larger than {MAX_INSTANCE_BYTES} bytes"
@@ -144,6 +147,10 @@ impl Core {
         for _ in 0..ATTEMPTS {
             self.node.linearize().await?;
             let present = self.read::<v1::InstanceRecord>(&key)?;
+            // Whose the id is already, for whom that may be another role.
+            if let Some((_, present)) = &present {
+                caller.check_instance(present)?;
+            }
             let present_lease = self.node.state().get(&key).map_or(0, |item| item.lease);
             let mod_revision = present.as_ref().map_or(0, |(revision, _)| *revision);
             let before = present.as_ref().map_or(0, |(_, before)| before.incarnation);

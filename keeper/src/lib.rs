@@ -5,6 +5,7 @@
 //! it. What decides ([`state`], [`slots`]) is pure; what consensus is made of stays in
 //! [`raft`].
 
+mod access;
 mod blocking;
 mod commands;
 mod configuration;
@@ -19,6 +20,8 @@ mod membership;
 pub mod metrics;
 mod peers;
 mod raft;
+mod secured;
+mod seldom;
 mod service;
 #[cfg(test)]
 mod simulation;
@@ -32,6 +35,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use carillon_agent::document::DocumentKind;
+use carillon_agent::subject::{CertificateRole, Subject};
+use carillon_agent::tls::{Tls, scheme};
 use carillon_proto::MAX_GRPC_MESSAGE_BYTES;
 use carillon_proto::v1::keeper_peer_server::KeeperPeerServer;
 use carillon_proto::v1::keeper_server::KeeperServer;
@@ -42,6 +47,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpIncoming};
 
+use crate::access::{Gate, Protection};
 use crate::core::Core;
 pub use crate::core::Limits;
 use crate::disk::Disk;
@@ -80,6 +86,9 @@ pub struct KeeperOptions<L = TcpListener> {
     /// `host:port` of all keepers that are to form the cluster, this one among them; the first by name founds it. Empty: this
     /// node alone.
     pub peers: Vec<String>,
+    /// Its certificate, which must be a keeper's, and whose certificates it takes. None: it is reached without TLS, and whoever
+    /// reaches it may do everything.
+    pub tls: Option<Arc<Tls>>,
     /// Where its metrics go, until it is stopped.
     pub registry: Option<prometheus::Registry>,
     pub limits: Limits,
@@ -95,8 +104,26 @@ impl KeeperOptions {
             cluster_id: None,
             advertise: None,
             peers: Vec::new(),
+            tls: None,
             registry: None,
             limits: Limits::default(),
+        }
+    }
+}
+
+impl<L> KeeperOptions<L> {
+    /// The same on what accepts from the listener.
+    fn listening<M>(self, accept: impl FnOnce(L) -> M) -> KeeperOptions<M> {
+        KeeperOptions {
+            data_dir: self.data_dir,
+            listener: accept(self.listener),
+            kinds: self.kinds,
+            cluster_id: self.cluster_id,
+            advertise: self.advertise,
+            peers: self.peers,
+            tls: self.tls,
+            registry: self.registry,
+            limits: self.limits,
         }
     }
 }
@@ -131,6 +158,11 @@ pub enum KeeperError {
     NoLeader,
     #[error("keeper: the listener is of no use: {0}")]
     Listener(std::io::Error),
+    #[error(
+        "keeper: the certificate in {} is that of {subject}: a keeper needs one with the URI carillon://keeper",
+        path.display()
+    )]
+    NotAKeeper { path: PathBuf, subject: Subject },
     #[error("keeper: metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
 }
@@ -174,24 +206,37 @@ impl Keeper {
     /// Recovers what is on disk, serves, and returns when it leads: what was decided before can be read.
     pub async fn start(options: KeeperOptions) -> Result<KeeperHandle, KeeperError> {
         let addr = options.listener.local_addr().map_err(KeeperError::Listener)?;
-        let KeeperOptions { data_dir, listener, kinds, cluster_id, advertise, peers, registry, limits } =
-            options;
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let options = KeeperOptions {
-            data_dir,
-            listener: incoming,
-            kinds,
-            cluster_id,
-            advertise,
-            peers,
-            registry,
-            limits,
-        };
-        Keeper::start_on(options, addr).await
+        let metrics = Metrics::new()?;
+        match options.tls.clone() {
+            Some(tls) => {
+                let subject = tls.now().subject.clone();
+                if subject.role != CertificateRole::Keeper {
+                    return Err(KeeperError::NotAKeeper { path: tls.files().certificate.clone(), subject });
+                }
+                let counted = metrics.clone();
+                let accept = |listener| secured::incoming(listener, tls, counted);
+                Keeper::start_on(options.listening(accept), addr, metrics).await
+            }
+            None => {
+                if !addr.ip().is_loopback() {
+                    tracing::warn!(
+                        %addr,
+                        "without TLS whoever reaches this keeper may change everything: --tls-certificate, --tls-key, \
+                         --tls-client-ca"
+                    );
+                }
+                let accept = |listener| TcpIncoming::from(listener).with_nodelay(Some(true));
+                Keeper::start_on(options.listening(accept), addr, metrics).await
+            }
+        }
     }
 
     /// The same on connections that come from wherever.
-    async fn start_on<I, IO>(options: KeeperOptions<I>, addr: SocketAddr) -> Result<KeeperHandle, KeeperError>
+    async fn start_on<I, IO>(
+        options: KeeperOptions<I>,
+        addr: SocketAddr,
+        metrics: Metrics,
+    ) -> Result<KeeperHandle, KeeperError>
     where
         I: Stream<Item = std::io::Result<IO>> + Send + 'static,
         IO: AsyncRead + AsyncWrite + Connected<ConnectInfo: Clone + Send + Sync> + Unpin + Send + 'static,
@@ -209,17 +254,20 @@ impl Keeper {
         let mut home = crate::blocking::run(move || Home::open(&path, expected.as_deref()))
             .await
             .map_err(|error| KeeperError::Node(error.to_string()))??;
-        let storage = verified(&mut home, &options.data_dir, &options.peers, &advertise).await?;
+        let tls = options.tls;
+        let storage =
+            verified(&mut home, &options.data_dir, &options.peers, &advertise, tls.as_ref()).await?;
         let home = Arc::new(home);
         let (node, observer) =
-            Node::start(home.identity().clone(), storage, options.limits.snapshot_every).await?;
+            Node::start(home.identity().clone(), tls.clone(), storage, options.limits.snapshot_every).await?;
         let core = Arc::new(Core {
             node,
             kinds: options.kinds,
             limits: options.limits,
             leases: Leases::default(),
             disk: Disk::new(options.data_dir),
-            metrics: Metrics::new()?,
+            metrics,
+            protection: Protection::new(tls, addr),
             publishing: tokio::sync::Mutex::new(()),
             saving: Arc::new(tokio::sync::Semaphore::new(SNAPSHOTS_SAVED)),
             stop: CancellationToken::new(),
@@ -237,6 +285,7 @@ impl Keeper {
         tasks.spawn(disk::run(core.clone()));
         tasks.spawn(slots::keeping::run(core.clone()));
         tasks.spawn(commands::sweep(core.clone()));
+        tasks.spawn(access::follow_files(core.clone()));
         tasks.spawn(membership::steward(core.clone(), advertise.clone()));
         let server = tokio::spawn(serve(core.clone(), &home, options.listener));
         let (not_joined, failure) = tokio::sync::watch::channel(None);
@@ -275,9 +324,12 @@ async fn verified(
     data_dir: &std::path::Path,
     peers: &[String],
     advertise: &str,
+    tls: Option<&Arc<Tls>>,
 ) -> Result<Storage, KeeperError> {
     let (storage, found) = match opened(data_dir).await {
-        Err(error) if error.is_damage() => return replaced(home, data_dir, peers, advertise, &error).await,
+        Err(error) if error.is_damage() => {
+            return replaced(home, data_dir, peers, advertise, tls, &error).await;
+        }
         opened => opened?,
     };
     let own = home.identity().node_id();
@@ -292,7 +344,7 @@ async fn verified(
     if addresses.is_empty() {
         return Ok(storage);
     }
-    let network = Network::new(home.identity().clone());
+    let network = Network::new(home.identity().clone(), tls.cloned());
     match joining::standing(&network, own, &cluster, &found, &addresses).await {
         Standing::AsBefore => return Ok(storage),
         Standing::Twice { address } => {
@@ -333,6 +385,7 @@ async fn replaced(
     data_dir: &std::path::Path,
     peers: &[String],
     advertise: &str,
+    tls: Option<&Arc<Tls>>,
     damage: &StorageError,
 ) -> Result<Storage, KeeperError> {
     let others: Vec<String> = peers.iter().filter(|peer| *peer != advertise).cloned().collect();
@@ -340,7 +393,7 @@ async fn replaced(
     let Some(cluster) = home.identity().cluster().filter(|_| !others.is_empty()) else {
         return Err(KeeperError::Damaged { damage });
     };
-    let network = Network::new(home.identity().clone());
+    let network = Network::new(home.identity().clone(), tls.cloned());
     if !joining::goes_on(&network, &cluster, &others).await {
         return Err(KeeperError::DamagedAndAlone { damage, others });
     }
@@ -368,6 +421,9 @@ where
     let peers = KeeperPeerServer::new(Peers::new(core.clone(), home))
         .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES);
+    let secured = core.protection.is_tls();
+    let service = Gate::new(service, secured, core.metrics.clone());
+    let peers = Gate::new(peers, secured, core.metrics.clone());
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -416,9 +472,13 @@ impl KeeperHandle {
         self.addr
     }
 
-    /// `http://host:port`, as the agent wants it.
+    /// `http://host:port`, or `https://`, as the agent wants it.
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.addr)
+        let tls = match &self.core.protection {
+            Protection::Tls(tls) => Some(tls),
+            Protection::Loopback | Protection::Open => None,
+        };
+        format!("{}://{}", scheme(tls), self.addr)
     }
 
     pub fn status(&self) -> KeeperStatus {

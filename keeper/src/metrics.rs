@@ -38,9 +38,11 @@ pub const WATCHES_COMPACTED: &str = "carillon_keeper_watches_compacted_total";
 pub const REQUESTS: &str = "carillon_keeper_requests_total";
 pub const REFUSED: &str = "carillon_keeper_refused_total";
 pub const SLOTS_MOVED: &str = "carillon_keeper_slots_moved_total";
+pub const DENIED: &str = "carillon_keeper_denied_total";
+pub const CERTIFICATE_EXPIRY: &str = "carillon_keeper_certificate_expiry_timestamp_seconds";
 
 /// Name and help of every metric.
-pub const ALL: [(&str, &str); 29] = [
+pub const ALL: [(&str, &str); 31] = [
     (LEADER, "1 while this node leads"),
     (TERM, "Raft term"),
     (LEADERS_SEEN, "elections that this node has seen the outcome of"),
@@ -73,6 +75,8 @@ pub const ALL: [(&str, &str); 29] = [
     (REQUESTS, "calls, by method"),
     (REFUSED, "configuration documents that were refused, by kind"),
     (SLOTS_MOVED, "slots whose owner has changed"),
+    (DENIED, "connections and calls that were refused for their certificate, by what"),
+    (CERTIFICATE_EXPIRY, "when the keeper's certificate ends, Unix seconds; 0 = it has none"),
 ];
 
 /// From a disk that has a cache that a battery keeps, to one that is about to fail.
@@ -99,6 +103,7 @@ pub(crate) fn entries(name: &str) -> HistogramOpts {
 pub(crate) struct Metrics {
     pub requests: IntCounterVec,
     pub refused: IntCounterVec,
+    pub denied: IntCounterVec,
     pub leases_expired: IntCounter,
     pub slots_moved: IntCounter,
     pub watch_events: IntCounter,
@@ -108,9 +113,13 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     pub(crate) fn new() -> Result<Self, prometheus::Error> {
+        let denied = IntCounterVec::new(options(DENIED), &["what"])?;
+        // Both are there from the start, for alerts.
+        ["connection", "call"].iter().for_each(|what| denied.with_label_values(&[what]).reset());
         Ok(Metrics {
             requests: IntCounterVec::new(options(REQUESTS), &["method"])?,
             refused: IntCounterVec::new(options(REFUSED), &["kind"])?,
+            denied,
             leases_expired: IntCounter::with_opts(options(LEASES_EXPIRED))?,
             slots_moved: IntCounter::with_opts(options(SLOTS_MOVED))?,
             watch_events: IntCounter::with_opts(options(WATCH_EVENTS))?,
@@ -146,16 +155,26 @@ pub(crate) fn register(core: &Arc<Core>, registry: Registry) -> Result<Registere
         STORE_BYTES,
         QUOTA_BYTES,
         LEASES,
+        CERTIFICATE_EXPIRY,
     ];
     let mut gauges = Vec::new();
     for name in read {
         gauges.push((name, IntGauge::with_opts(options(name))?));
     }
-    let Metrics { requests, refused, leases_expired, slots_moved, watch_events, watches_compacted, watches } =
-        core.metrics.clone();
+    let Metrics {
+        requests,
+        refused,
+        denied,
+        leases_expired,
+        slots_moved,
+        watch_events,
+        watches_compacted,
+        watches,
+    } = core.metrics.clone();
     let mut counted: Vec<Box<dyn Collector>> = vec![
         Box::new(requests),
         Box::new(refused),
+        Box::new(denied),
         Box::new(leases_expired),
         Box::new(slots_moved),
         Box::new(watch_events),
@@ -232,6 +251,7 @@ impl Collector for Scrape {
                 STORE_BYTES => state.bytes() as u64,
                 QUOTA_BYTES => core.limits.quota_bytes as u64,
                 LEASES => state.lease_count() as u64,
+                CERTIFICATE_EXPIRY => core.protection.certificate_ends(),
                 _ => continue,
             };
             gauge.set(i64::try_from(value).unwrap_or(i64::MAX));

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use carillon_agent::tls::Tls;
 use carillon_proto::v1;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
@@ -143,6 +144,7 @@ impl Node {
     /// has taken it in.
     pub(crate) async fn start(
         identity: Arc<Identity>,
+        tls: Option<Arc<Tls>>,
         storage: Storage,
         snapshot_every: u64,
     ) -> Result<(Node, JoinHandle<()>), NodeError> {
@@ -164,7 +166,7 @@ impl Node {
         let failed = |error: &dyn std::fmt::Display| NodeError(error.to_string());
         let config = config.validate().map_err(|error| failed(&error))?;
         let id = identity.node_id();
-        let network = Network::new(identity.clone());
+        let network = Network::new(identity.clone(), tls);
         let raft = Raft::new(id, Arc::new(config), network.clone(), log.clone(), machine.clone())
             .await
             .map_err(|error| failed(&error))?;

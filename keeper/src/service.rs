@@ -7,9 +7,10 @@ use carillon_proto::v1;
 use carillon_proto::v1::keeper_server::Keeper;
 use prost::Message as _;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use v1::op::Op;
 
+use crate::access::{self, Caller};
 use crate::core::{Core, Shared};
 
 /// Longest key, bytes.
@@ -33,6 +34,15 @@ impl Service {
 
     fn count(&self, method: &str) {
         self.core.metrics.requests.with_label_values(&[method]).inc();
+    }
+
+    /// Counts what is refused for what a call is about.
+    fn allowed<T>(&self, checked: Result<T, Status>) -> Result<T, Status> {
+        checked.inspect_err(|status| {
+            if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) {
+                access::note(&self.core.metrics, status);
+            }
+        })
     }
 }
 
@@ -174,6 +184,7 @@ impl Core {
             fsync_us: (measures.fsyncs.get_sample_sum() * 1e6) as u64,
             leaders_seen: measures.leaders_seen.get(),
             leases_expired: self.metrics.leases_expired.get(),
+            protection: self.protection.to_proto().into(),
         }
     }
 }
@@ -185,7 +196,10 @@ impl Keeper for Service {
 
     async fn range(&self, request: Request<v1::RangeRequest>) -> Answer<v1::RangeResponse> {
         self.count("range");
-        self.core.range(request.into_inner()).await.map(Response::new)
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        self.allowed(caller.check_keys(&request.key, request.prefix))?;
+        self.core.range(request).await.map(Response::new)
     }
 
     async fn txn(&self, request: Request<v1::TxnRequest>) -> Answer<v1::TxnResponse> {
@@ -195,7 +209,12 @@ impl Keeper for Service {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
         self.count("watch");
-        watching::start(&self.core, request.into_inner()).await.map(Response::new)
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        for prefix in &request.prefixes {
+            self.allowed(caller.check_keys(prefix, true))?;
+        }
+        watching::start(&self.core, request).await.map(Response::new)
     }
 
     async fn lease_grant(&self, request: Request<v1::LeaseGrantRequest>) -> Answer<v1::LeaseGrantResponse> {
@@ -208,7 +227,10 @@ impl Keeper for Service {
         request: Request<v1::LeaseKeepAliveRequest>,
     ) -> Answer<v1::LeaseKeepAliveResponse> {
         self.count("lease_keep_alive");
-        self.core.keep_alive(request.into_inner()).await.map(Response::new)
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        self.allowed(self.core.check_lease(&caller, request.lease).await)?;
+        self.core.keep_alive(request).await.map(Response::new)
     }
 
     async fn lease_revoke(
@@ -216,7 +238,10 @@ impl Keeper for Service {
         request: Request<v1::LeaseRevokeRequest>,
     ) -> Answer<v1::LeaseRevokeResponse> {
         self.count("lease_revoke");
-        self.core.revoke_lease(request.into_inner().lease).await?;
+        let caller = Caller::of(&request);
+        let lease = request.into_inner().lease;
+        self.allowed(self.core.check_lease(&caller, lease).await)?;
+        self.core.revoke_lease(lease).await?;
         Ok(Response::new(v1::LeaseRevokeResponse {}))
     }
 
@@ -225,8 +250,11 @@ impl Keeper for Service {
         request: Request<v1::PublishConfigRequest>,
     ) -> Answer<v1::PublishConfigResponse> {
         self.count("publish_config");
-        let peer = peer(&request);
-        self.core.publish_config(request.into_inner(), &peer).await.map(Response::new)
+        let (caller, peer) = (Caller::of(&request), peer(&request));
+        let mut request = request.into_inner();
+        self.allowed(caller.check_document(&request.document))?;
+        request.author = caller.author(request.author);
+        self.core.publish_config(request, &peer).await.map(Response::new)
     }
 
     async fn release_config(
@@ -234,8 +262,11 @@ impl Keeper for Service {
         request: Request<v1::ReleaseConfigRequest>,
     ) -> Answer<v1::ReleaseConfigResponse> {
         self.count("release_config");
-        let peer = peer(&request);
-        self.core.release_config(request.into_inner(), &peer).await.map(Response::new)
+        let (caller, peer) = (Caller::of(&request), peer(&request));
+        let mut request = request.into_inner();
+        self.allowed(caller.check_document(&request.document))?;
+        request.author = caller.author(request.author);
+        self.core.release_config(request, &peer).await.map(Response::new)
     }
 
     async fn diff_config(&self, request: Request<v1::DiffConfigRequest>) -> Answer<v1::DiffConfigResponse> {
@@ -253,12 +284,26 @@ impl Keeper for Service {
 
     async fn get_config(&self, request: Request<v1::GetConfigRequest>) -> Answer<v1::GetConfigResponse> {
         self.count("get_config");
-        self.core.get_config(request.into_inner()).await.map(Response::new)
+        let caller = Caller::of(&request);
+        let mut answer = self.core.get_config(request.into_inner()).await?;
+        if let Some(revision) = answer.revision.as_mut().filter(|_| !caller.sees_secrets()) {
+            self.core.hide_json_secrets(&revision.document, &mut answer.effective_json);
+            self.core.hide_secrets(revision);
+            let candidate = answer.release.as_mut().and_then(|release| release.candidate.as_mut());
+            candidate.into_iter().for_each(|revision| self.core.hide_secrets(revision));
+        }
+        Ok(Response::new(answer))
     }
 
     async fn list_config(&self, request: Request<v1::ListConfigRequest>) -> Answer<v1::ListConfigResponse> {
         self.count("list_config");
-        self.core.list_config(&request.into_inner().kind).await.map(Response::new)
+        let caller = Caller::of(&request);
+        let mut answer = self.core.list_config(&request.into_inner().kind).await?;
+        if !caller.sees_secrets() {
+            let candidates = answer.releases.iter_mut().filter_map(|release| release.candidate.as_mut());
+            answer.documents.iter_mut().chain(candidates).for_each(|one| self.core.hide_secrets(one));
+        }
+        Ok(Response::new(answer))
     }
 
     async fn config_history(
@@ -290,13 +335,23 @@ impl Keeper for Service {
         request: Request<v1::ReportConfigRequest>,
     ) -> Answer<v1::ReportConfigResponse> {
         self.count("report_config");
-        self.core.report_config(request.into_inner()).await?;
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        let own = self.allowed(self.core.check_lease(&caller, request.lease).await)?;
+        let other = request.applied.iter().find(|one| own.as_ref().is_some_and(|own| one.instance != *own));
+        if let Some(other) = other {
+            let text =
+                format!("{caller} may not report for {}: the lease is another instance's", other.instance);
+            return self.allowed(Err(Status::permission_denied(text)));
+        }
+        self.core.report_config(request).await?;
         Ok(Response::new(v1::ReportConfigResponse {}))
     }
 
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
         self.count("register");
-        self.core.register(request.into_inner()).await.map(Response::new)
+        let caller = Caller::of(&request);
+        self.allowed(self.core.register(&caller, request.into_inner()).await).map(Response::new)
     }
 
     async fn list_instances(
@@ -309,7 +364,10 @@ impl Keeper for Service {
 
     async fn yield_slots(&self, request: Request<v1::YieldSlotsRequest>) -> Answer<v1::YieldSlotsResponse> {
         self.count("yield_slots");
-        self.core.yield_slots(request.into_inner()).await.map(Response::new)
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        self.allowed(self.core.check_registered(&caller, &request.instance).await)?;
+        self.core.yield_slots(request).await.map(Response::new)
     }
 
     async fn send_command(
@@ -326,7 +384,10 @@ impl Keeper for Service {
         request: Request<v1::AnswerCommandRequest>,
     ) -> Answer<v1::AnswerCommandResponse> {
         self.count("answer_command");
-        self.core.answer_command(request.into_inner()).await?;
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        self.allowed(self.core.check_registered(&caller, &request.instance).await)?;
+        self.core.answer_command(request).await?;
         Ok(Response::new(v1::AnswerCommandResponse {}))
     }
 

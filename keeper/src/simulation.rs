@@ -22,6 +22,7 @@ use tonic::transport::{Channel, Endpoint};
 use v1::op::{Op, Put};
 use v1::watch_response::Kind;
 
+use crate::metrics::Metrics;
 use crate::{Keeper, KeeperOptions, Limits};
 
 const PORT: u16 = 7400;
@@ -130,10 +131,12 @@ async fn keeper(directory: std::path::PathBuf, name: &'static str) -> turmoil::R
         cluster_id: None,
         advertise: Some(address(name)),
         peers: KEEPERS.iter().map(|name| address(name)).collect(),
+        tls: None,
         registry: None,
         limits: Limits::default(),
     };
-    let handle = Keeper::start_on(options, SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), PORT)).await?;
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), PORT);
+    let handle = Keeper::start_on(options, address, Metrics::new()?).await?;
     let failure = handle.failed().await;
     Err(failure.into())
 }

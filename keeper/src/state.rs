@@ -129,6 +129,11 @@ impl State {
         self.leases.get(&lease).map(|lease| lease.ttl_ms)
     }
 
+    /// The keys that end with a lease; None: it is not alive.
+    pub(crate) fn attached(&self, lease: u64) -> Option<impl Iterator<Item = &str>> {
+        self.leases.get(&lease).map(|lease| lease.keys.iter().map(String::as_str))
+    }
+
     /// A lease's fencing token; 0 when it is not alive.
     pub(crate) fn lease_token(&self, lease: u64) -> u64 {
         self.leases.get(&lease).map_or(0, |lease| lease.granted)

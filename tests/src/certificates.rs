@@ -1,10 +1,11 @@
 //! Certificates for tests: an authority that signs what a test needs, on disk as PEM.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair,
+    KeyPair, SanType,
 };
 
 /// An authority, and the directory that its files are in.
@@ -26,7 +27,8 @@ impl Authority {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name = named("the tests' authority");
+        // Each has a name of its own, or else another one's signature would be looked for under it.
+        params.distinguished_name = named(&format!("the tests' authority at {}", dir.path().display()));
         let certificate = params.self_signed(&key).expect("signed");
         write(&dir.path().join("ca.crt"), &certificate.pem());
         Authority { dir, issuer: Issuer::new(params, key) }
@@ -51,17 +53,42 @@ impl Authority {
         self.issue(common_name, common_name, names, ExtendedKeyUsagePurpose::ClientAuth)
     }
 
+    /// A certificate for one who speaks with keepers, or is one: `carillon://{uri}`, until then. Files that are there are
+    /// replaced.
+    pub fn member(&self, file: &str, uri: &str, names: &[&str], until: SystemTime) -> Pair {
+        let usages = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let mut params = self.params(file, names, &usages);
+        let uri = format!("carillon://{uri}").try_into().expect("a URI");
+        params.subject_alt_names.push(SanType::URI(uri));
+        params.not_before = (SystemTime::now() - Duration::from_secs(7 * 24 * 3600)).into();
+        params.not_after = until.into();
+        self.sign(file, params)
+    }
+
     fn issue(&self, file: &str, common_name: &str, names: &[&str], usage: ExtendedKeyUsagePurpose) -> Pair {
+        self.sign(file, self.params(common_name, names, &[usage]))
+    }
+
+    fn params(
+        &self,
+        common_name: &str,
+        names: &[&str],
+        usages: &[ExtendedKeyUsagePurpose],
+    ) -> CertificateParams {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let mut params = CertificateParams::new(names).expect("names");
         params.distinguished_name = named(common_name);
-        params.extended_key_usages = vec![usage];
+        params.extended_key_usages = usages.to_vec();
         params.use_authority_key_identifier_extension = true;
+        params
+    }
+
+    fn sign(&self, file: &str, params: CertificateParams) -> Pair {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("signed");
         let at = |end: &str| self.dir.path().join(format!("{file}.{end}"));
-        write(&at("crt"), &certificate.pem());
         write(&at("key"), &key.serialize_pem());
+        write(&at("crt"), &certificate.pem());
         Pair { certificate: text(&at("crt")), key: text(&at("key")) }
     }
 }
@@ -79,7 +106,7 @@ fn named(common_name: &str) -> DistinguishedName {
 }
 
 /// As a whole or not at all, like a mounted secret.
-fn write(path: &PathBuf, text: &str) {
+pub fn write(path: &Path, text: &str) {
     let unfinished = path.with_extension("new");
     std::fs::write(&unfinished, text).expect("written");
     std::fs::rename(&unfinished, path).expect("in its place");

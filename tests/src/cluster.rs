@@ -11,8 +11,7 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-pub use self::process::Process;
-use self::process::addresses;
+pub use self::process::{Process, addresses};
 use crate::server::carillon;
 use crate::{PATIENCE, eventually};
 

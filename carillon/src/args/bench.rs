@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::{OutputFormat, duration, keeper_url};
+use super::{OutputFormat, duration, plain_keeper_url};
 
 #[derive(Debug, Clone, Subcommand)]
 pub enum BenchCommand {
@@ -15,7 +15,7 @@ pub enum BenchCommand {
 #[derive(Debug, Clone, Args)]
 pub struct BenchKeeperArgs {
     /// The nodes to measure
-    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
+    #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = plain_keeper_url)]
     pub keeper: Vec<String>,
     /// The nodes are etcd's: the same load over etcd's API, to compare with
     #[arg(long)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use carillon_agent::Role;
 use clap::{Args, ValueHint};
 
-use super::{DEFAULT_DATA_DIR, OutputFormat, keeper_url};
+use super::{DEFAULT_DATA_DIR, KeeperAccessArgs, OutputFormat, keeper_url};
 
 /// Whom to talk to, and how to answer.
 #[derive(Debug, Clone, Args)]
@@ -263,6 +263,8 @@ pub struct KeeperClientArgs {
         help_heading = "Connection"
     )]
     pub keeper: Vec<String>,
+    #[command(flatten)]
+    pub access: KeeperAccessArgs,
     /// Where `carillon dev` keeps its data
     #[arg(
         long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use carillon_agent::Role;
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::{DEFAULT_DATA_DIR, OutputFormat, keeper_url};
+use super::{DEFAULT_DATA_DIR, KeeperAccessArgs, KeeperTlsArgs, OutputFormat, keeper_url};
 
 #[derive(Debug, Clone, Args)]
 pub struct LogArgs {
@@ -94,7 +94,7 @@ impl ProcessArgs {
 pub struct KeeperArgs {
     #[command(flatten)]
     pub process: ProcessArgs,
-    /// gRPC for all other processes. Anyone who reaches it may change the cluster: keep it inside
+    /// gRPC for all other processes. Without TLS anyone who reaches it may change the cluster: keep it inside
     #[arg(long, env = "CARILLON_GRPC", default_value = "127.0.0.1:7400", value_name = "ADDRESS")]
     pub grpc: SocketAddr,
     /// How others reach the gRPC address, as host:port, when it is not the one it listens on
@@ -106,6 +106,8 @@ pub struct KeeperArgs {
     /// The cluster that it must be; a new one gets this id [default: whichever]
     #[arg(long, env = "CARILLON_CLUSTER", value_name = "ID")]
     pub cluster: Option<String>,
+    #[command(flatten)]
+    pub tls: KeeperTlsArgs,
     /// Entries after which a snapshot is made, and the log before it given up [default: 20000]
     #[arg(long, env = "CARILLON_SNAPSHOT_EVERY", hide = true, value_name = "ENTRIES", value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_every: Option<u64>,
@@ -161,6 +163,8 @@ pub struct HubArgs {
     /// The keeper's nodes
     #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
     pub keeper: Vec<String>,
+    #[command(flatten)]
+    pub access: KeeperAccessArgs,
     /// Which roles
     #[arg(
         long, env = "CARILLON_ROLES", value_delimiter = ',', value_name = "ROLES",
@@ -187,6 +191,8 @@ pub struct GatewayArgs {
     /// The keeper's nodes
     #[arg(long, env = "CARILLON_KEEPER", required = true, value_delimiter = ',', value_name = "URL", value_parser = keeper_url)]
     pub keeper: Vec<String>,
+    #[command(flatten)]
+    pub access: KeeperAccessArgs,
     /// MQTT for devices
     #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
     pub mqtt: SocketAddr,

@@ -1,11 +1,13 @@
 //! `carillon config`: documents of the keeper, changed live; `carillon command`: have a process do something.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use carillon_agent::admin::{
     Admin, Change, ChangeOptions, Difference, Document, Published, ReleaseAction, Revision,
 };
+use carillon_agent::tls::Tls;
 use serde_json::json;
 
 use super::{CliError, left_behind, print, text};
@@ -295,7 +297,7 @@ fn yaml(value: &serde_json::Value) -> String {
 
 pub(super) fn admin(args: &KeeperClientArgs) -> Result<Admin, CliError> {
     if !args.keeper.is_empty() {
-        return Ok(Admin::new(args.keeper.clone()));
+        return Ok(Admin::secured(args.keeper.clone(), tls(args)?));
     }
     match left_behind(&args.data_dir) {
         Some(left) => Ok(Admin::new(vec![left.keeper])),
@@ -305,6 +307,14 @@ pub(super) fn admin(args: &KeeperClientArgs) -> Result<Admin, CliError> {
             args.data_dir.display()
         ))),
     }
+}
+
+/// The certificate that is shown to the keepers that are named.
+pub(super) fn tls(args: &KeeperClientArgs) -> Result<Option<Arc<Tls>>, CliError> {
+    if args.keeper.is_empty() {
+        return Ok(None);
+    }
+    args.access.open(&args.keeper).map_err(|error| CliError::Usage(format!("{error:#}")))
 }
 
 /// Who changes it, for the history: the name of the account.

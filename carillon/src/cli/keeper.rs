@@ -3,11 +3,12 @@
 use std::io::Write as _;
 use std::path::Path;
 
-use carillon_agent::admin::{Admin, AdminError, KeeperStatus, Member};
+use carillon_agent::admin::{Admin, AdminError, KeeperStatus, Member, Protection};
+use carillon_agent::tls::scheme;
 use carillon_keeper::snapshot::{self, SnapshotInfo};
 use serde::Serialize;
 
-use super::config::admin;
+use super::config::{admin, tls};
 use super::{CliError, print};
 use crate::args::KeeperClientArgs;
 use crate::args::keeper::{KeeperCommand, MemberCommand, SnapshotCommand};
@@ -32,9 +33,10 @@ struct Reported {
 }
 
 async fn status(keeper: &KeeperClientArgs) -> Result<(), CliError> {
-    let members = admin(keeper)?.members().await?;
+    let (members, tls) = (admin(keeper)?.members().await?, tls(keeper)?);
     let asked = members.into_iter().map(async |member| {
-        let answer = Admin::new(vec![format!("http://{}", member.address)]).status().await;
+        let url = format!("{}://{}", scheme(tls.as_ref()), member.address);
+        let answer = Admin::secured(vec![url], tls.clone()).status().await;
         match answer {
             Ok(status) => Reported { member, status: Some(status), error: None },
             Err(error) => {
@@ -61,7 +63,7 @@ async fn status(keeper: &KeeperClientArgs) -> Result<(), CliError> {
             let role = role(&one.member);
             let text = match (&one.status, &one.error) {
                 (Some(status), _) => format!(
-                    "term {}  log {}  committed {}  applied {}  snapshot {}  pending {}  on disk {} kB  fsync {:.1} ms  {} watches{}{}",
+                    "term {}  log {}  committed {}  applied {}  snapshot {}  pending {}  on disk {} kB  fsync {:.1} ms  {} watches{}  {}{}",
                     status.term,
                     status.last_log_index,
                     status.committed_index,
@@ -74,6 +76,7 @@ async fn status(keeper: &KeeperClientArgs) -> Result<(), CliError> {
                     one.member
                         .round_trip_us
                         .map_or_else(String::new, |us| format!("  round trip {:.1} ms", us as f64 / 1000.0)),
+                    protection(status.protection),
                     if status.in_touch { "" } else { "  OUT OF TOUCH" },
                 ),
                 (None, error) => format!("DOES NOT ANSWER: {}", error.as_deref().unwrap_or_default()),
@@ -82,6 +85,16 @@ async fn status(keeper: &KeeperClientArgs) -> Result<(), CliError> {
         }
         lines.join("\n")
     })
+}
+
+/// How it is reached.
+fn protection(protection: Protection) -> &'static str {
+    match protection {
+        Protection::Tls => "TLS",
+        Protection::Loopback => "no TLS (this machine alone)",
+        Protection::Open => "NO TLS: WHOEVER REACHES IT MAY CHANGE EVERYTHING",
+        Protection::Unknown => "of a version that does not say whether it has TLS",
+    }
 }
 
 fn role(member: &Member) -> &'static str {

@@ -7,6 +7,15 @@ fn message(path: &Path) -> String {
 }
 
 #[test]
+fn a_name_is_the_id_of_what_is_new_and_of_nothing_else() {
+    let base = tempfile::tempdir().unwrap();
+    let open = |name| DataDir::open_as(base.path(), "gateway", name).unwrap().instance("");
+    assert_eq!(open(Some("edge-1")), "edge-1");
+    assert_eq!(open(None), "edge-1");
+    assert_eq!(open(Some("edge-2")), "edge-1");
+}
+
+#[test]
 fn a_new_directory_is_made_and_remembered() {
     let base = tempfile::tempdir().unwrap();
     let path = base.path().join("a/b");

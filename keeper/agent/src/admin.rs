@@ -13,6 +13,7 @@ use tonic::transport::Channel;
 
 use crate::document::Violation;
 use crate::keepers::Keepers;
+use crate::tls::Tls;
 use crate::{Instance, SlotMap, board};
 
 mod calls;
@@ -26,7 +27,7 @@ pub use configuration::{
     Step,
 };
 pub use documents::{Applied, Change, ChangeOptions, Document, Kind, Revision};
-pub use members::{KeeperStatus, Member, parse_node};
+pub use members::{KeeperStatus, Member, Protection, parse_node};
 
 /// Why a call to the keeper came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,9 @@ pub enum AdminError {
     Conflict { document: String, expected: u64, current: u64 },
     #[error("{0}")]
     NotFound(String),
+    /// The certificate shown does not allow it.
+    #[error("the keeper does not allow it: {0}")]
+    Denied(String),
     /// The call makes no sense as it is.
     #[error("{0}")]
     Invalid(String),
@@ -88,7 +92,12 @@ struct Inner {
 impl Admin {
     /// `keepers`: `http://host:port` each. Connects when first used.
     pub fn new(keepers: Vec<String>) -> Self {
-        Admin::sharing(Arc::new(Keepers::new(keepers)))
+        Admin::secured(keepers, None)
+    }
+
+    /// The same with certificates: `https://host:port` each.
+    pub fn secured(keepers: Vec<String>, tls: Option<Arc<Tls>>) -> Self {
+        Admin::sharing(Arc::new(Keepers::new(keepers, tls)))
     }
 
     /// What one learns of the members, all know.

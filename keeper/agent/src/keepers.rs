@@ -1,8 +1,11 @@
 //! Where the keepers are: as the process was told, and as the cluster says of its members.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use parking_lot::Mutex;
+
+use crate::tls::{Tls, scheme};
 
 /// Members that are remembered; a cluster has a few.
 const MAX_LEARNED: usize = 32;
@@ -10,21 +13,26 @@ const MAX_LEARNED: usize = 32;
 /// Shared by an agent and what it makes.
 #[derive(Debug)]
 pub(crate) struct Keepers {
-    /// `http://host:port` each.
+    /// `http://host:port` each, or `https://`.
     configured: Vec<String>,
+    tls: Option<Arc<Tls>>,
     learned: Mutex<Vec<String>>,
 }
 
 impl Keepers {
-    pub(crate) fn new(configured: Vec<String>) -> Self {
-        Keepers { configured, learned: Mutex::new(Vec::new()) }
+    pub(crate) fn new(configured: Vec<String>, tls: Option<Arc<Tls>>) -> Self {
+        Keepers { configured, tls, learned: Mutex::new(Vec::new()) }
+    }
+
+    pub(crate) fn tls(&self) -> Option<&Arc<Tls>> {
+        self.tls.as_ref()
     }
 
     /// All of them, each once: those of the configuration first, because they are meant to be reached from here.
     pub(crate) fn all(&self) -> Vec<String> {
         let mut all = self.configured.clone();
         for address in &*self.learned.lock() {
-            let url = format!("http://{address}");
+            let url = format!("{}://{address}", scheme(self.tls()));
             if !all.contains(&url) {
                 all.push(url);
             }
@@ -53,7 +61,8 @@ mod tests {
 
     #[test]
     fn members_are_tried_besides_the_configured_and_each_once() {
-        let keepers = Keepers::new(vec!["http://10.0.0.1:7400".to_owned(), "http://keeper:7400".to_owned()]);
+        let keepers =
+            Keepers::new(vec!["http://10.0.0.1:7400".to_owned(), "http://keeper:7400".to_owned()], None);
         let learn = |members: &[&str]| {
             keepers.learn(&members.iter().map(|member| (*member).to_owned()).collect::<Vec<_>>());
             keepers.all()[2..].to_vec()

@@ -14,7 +14,9 @@ pub mod layers;
 pub mod pem;
 pub mod process;
 pub mod revoked;
+pub mod subject;
 pub mod target;
+pub mod tls;
 
 mod board;
 mod cache;
@@ -37,6 +39,7 @@ use crate::board::Board;
 use crate::cache::Cache;
 pub use crate::cache::CacheOptions;
 use crate::keepers::Keepers;
+use crate::tls::Tls;
 
 /// What kinds of process there are. A closed set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -185,15 +188,23 @@ const COMMAND_QUEUE: usize = 64;
 /// Where the keeper is, and who we are.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// `http://host:port` of the keeper's nodes; one is enough, the others are learned from it.
+    /// `http://host:port` of the keeper's nodes, `https://` with certificates; one is enough, the others are learned from it.
     pub keepers: Vec<String>,
+    /// Our certificate for the keepers; None: they are spoken to without TLS.
+    pub tls: Option<Arc<Tls>>,
     /// Where the last known state is kept over restarts; None: it is not.
     pub cache: Option<CacheOptions>,
 }
 
 impl Options {
     pub fn new(keepers: Vec<String>) -> Self {
-        Options { keepers, cache: None }
+        Options { keepers, tls: None, cache: None }
+    }
+
+    /// With certificates, or without.
+    #[must_use]
+    pub fn with_tls(self, tls: Option<Arc<Tls>>) -> Self {
+        Options { tls, ..self }
     }
 
     /// With a cache: a file in the data directory of `owner`, the process's instance id.
@@ -242,7 +253,7 @@ impl Agent {
     /// with the last handle.
     pub fn start(options: Options) -> Agent {
         let (sender, receiver) = mpsc::channel(COMMAND_QUEUE);
-        let keepers = Arc::new(Keepers::new(options.keepers));
+        let keepers = Arc::new(Keepers::new(options.keepers, options.tls));
         let mut board = Board::new();
         let (cache, found) = options.cache.map(Cache::open).unzip();
         if let Some(found) = found.flatten() {

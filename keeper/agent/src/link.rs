@@ -13,7 +13,7 @@ use tokio::time::{Instant as Clock, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::{Command, Shared, keys};
+use crate::{Command, Shared, keys, tls};
 
 mod registering;
 mod telling;
@@ -50,7 +50,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let Some(keeper) = keepers.get(next % keepers.len().max(1)) else { break };
         next += 1;
         let attempt = async {
-            let connected = connect(keeper).await?;
+            let connected = connect(keeper, shared.keepers.tls()).await?;
             client = Some(connected.clone());
             session(&shared, connected, &mut registered, keeper, &mut failures).await
         };
@@ -110,7 +110,7 @@ fn spread(over: Duration) -> Duration {
     over.mul_f64(rand::rng().random_range(0.0..1.0))
 }
 
-async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, Status> {
+async fn connect(keeper: &str, tls: Option<&Arc<tls::Tls>>) -> Result<KeeperClient<Channel>, Status> {
     let endpoint = Endpoint::from_shared(keeper.to_owned())
         .map_err(|error| {
             Status::invalid_argument(format!("{keeper} is not an address of a keeper: {error}"))
@@ -120,7 +120,7 @@ async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, Status> {
         .http2_keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await.map_err(|error| Status::unavailable(describe(&error)))?;
+    let channel = tls::connect(&endpoint, tls).await.map_err(Status::unavailable)?;
     Ok(client(channel))
 }
 
@@ -136,7 +136,11 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        text = format!("{text}: {error}");
+        // Some say what their cause says.
+        let said = error.to_string();
+        if !text.ends_with(&said) {
+            text = format!("{text}: {said}");
+        }
         source = error.source();
     }
     text
@@ -279,6 +283,11 @@ async fn watch(
             }
         }
     }
+}
+
+/// The keeper has heard it, and does not take it as it is.
+fn is_refusal(code: Code) -> bool {
+    matches!(code, Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied)
 }
 
 /// Hands commands to whoever carries them out, and waits for their answers.

@@ -155,7 +155,7 @@ fn shown_at(kind: &DocumentKind, path: &FieldPath, value: &Value) -> Value {
 }
 
 /// A revision without its secrets.
-pub(super) fn redacted(kind: &DocumentKind, mut revision: v1::ConfigRevision) -> v1::ConfigRevision {
+pub(crate) fn redacted(kind: &DocumentKind, mut revision: v1::ConfigRevision) -> v1::ConfigRevision {
     if !kind.secrets.is_empty() {
         revision.yaml = redacted_text(kind, &revision.yaml);
         for one in &mut revision.overrides {
@@ -163,6 +163,13 @@ pub(super) fn redacted(kind: &DocumentKind, mut revision: v1::ConfigRevision) ->
         }
     }
     revision
+}
+
+/// The same of a document as JSON.
+pub(crate) fn redacted_json(kind: &DocumentKind, json: &str) -> String {
+    let Ok(mut value) = serde_json::from_str(json) else { return String::new() };
+    hide(kind, &FieldPath::root(), &mut value);
+    value.to_string()
 }
 
 fn redacted_text(kind: &DocumentKind, yaml: &str) -> String {

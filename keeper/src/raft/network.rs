@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use carillon_agent::tls::{self, Tls, scheme};
 use carillon_proto::MAX_GRPC_MESSAGE_BYTES;
 use carillon_proto::v1;
 use carillon_proto::v1::keeper_peer_client::KeeperPeerClient;
@@ -82,6 +83,7 @@ impl Interceptor for Labels {
 #[derive(Clone)]
 pub(crate) struct Network {
     identity: Arc<Identity>,
+    tls: Option<Arc<Tls>>,
     /// By member: its address, and the channel to it.
     channels: Arc<Mutex<HashMap<u64, (String, Channel)>>>,
     /// By member: the last heartbeat there and back.
@@ -91,8 +93,14 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    pub(crate) fn new(identity: Arc<Identity>) -> Self {
-        Network { identity, channels: Arc::default(), round_trips: Arc::default(), metrics: Arc::default() }
+    pub(crate) fn new(identity: Arc<Identity>, tls: Option<Arc<Tls>>) -> Self {
+        Network {
+            identity,
+            tls,
+            channels: Arc::default(),
+            round_trips: Arc::default(),
+            metrics: Arc::default(),
+        }
     }
 
     /// From now on members are where consensus says that they are.
@@ -123,7 +131,7 @@ impl Network {
         let channel = match channels.get(&node) {
             Some((known, channel)) if known == address => channel.clone(),
             _ => {
-                let channel = channel(address)?;
+                let channel = self.channel(address)?;
                 if let Some(metrics) = self.metrics.get() {
                     let metrics = metrics.borrow_watched();
                     let members = metrics.membership_config.membership();
@@ -140,7 +148,27 @@ impl Network {
 
     /// A client for whichever node is at an address.
     pub(crate) fn stranger(&self, address: &str) -> Result<PeerClient, Status> {
-        Ok(self.labelled(channel(address)?, None))
+        Ok(self.labelled(self.channel(address)?, None))
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, Status> {
+        let endpoint = Endpoint::from_shared(format!("{}://{address}", scheme(self.tls.as_ref())))
+            .map_err(|error| Status::invalid_argument(format!("{address:?} is not host:port: {error}")))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            // A stream of appends must not keep heartbeats and votes from the connection that they share.
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true);
+        if let Some(tls) = &self.tls {
+            return Ok(tls::connect_lazy(&endpoint, tls));
+        }
+        #[cfg(not(test))]
+        let channel = endpoint.connect_lazy();
+        #[cfg(test)]
+        let channel = crate::simulation::connect_lazy(&endpoint);
+        Ok(channel)
     }
 
     fn labelled(&self, channel: Channel, node: Option<u64>) -> PeerClient {
@@ -150,23 +178,6 @@ impl Network {
             .max_decoding_message_size(MAX_GRPC_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_GRPC_MESSAGE_BYTES)
     }
-}
-
-fn channel(address: &str) -> Result<Channel, Status> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| Status::invalid_argument(format!("{address:?} is not host:port: {error}")))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        // A stream of appends must not keep heartbeats and votes from the connection that they share.
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
-        .keep_alive_while_idle(true);
-    #[cfg(not(test))]
-    let channel = endpoint.connect_lazy();
-    #[cfg(test)]
-    let channel = crate::simulation::connect_lazy(&endpoint);
-    Ok(channel)
 }
 
 /// A call that takes longer fails.

@@ -213,7 +213,8 @@ async fn get(node: &Node, key: &str) -> Option<String> {
 async fn lead(directory: &Path) -> (Node, Leadership, Duration) {
     let begun = std::time::Instant::now();
     let identity = Arc::new(Identity::new(7, Some("test")));
-    let (node, _) = Node::start(identity, Storage::open(directory).await.unwrap(), 5_000).await.unwrap();
+    let (node, _) =
+        Node::start(identity, None, Storage::open(directory).await.unwrap(), 5_000).await.unwrap();
     node.found(BTreeMap::from([(node.id(), "127.0.0.1:1".to_owned())])).await.unwrap();
     let leadership = node.leadership().wait_for(Option::is_some).await.unwrap().unwrap();
     (node, leadership, begun.elapsed())

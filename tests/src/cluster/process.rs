@@ -24,7 +24,7 @@ pub struct Process {
 
 impl Process {
     /// Runs a role, with its data in `dir/name` and its log beside that.
-    pub(super) fn start(
+    pub fn start(
         dir: &Path,
         name: &str,
         role: &[&str],
@@ -74,7 +74,7 @@ impl Process {
     }
 
     /// The instance id that it has given itself.
-    pub(super) fn instance(&self) -> String {
+    pub fn instance(&self) -> String {
         let marker = std::fs::read_to_string(self.dir.join("carillon.json")).expect("its data directory");
         let marker: Value = serde_json::from_str(&marker).expect("JSON");
         marker["instance"].as_str().expect("an id").to_owned()
@@ -110,7 +110,7 @@ impl Process {
     }
 
     /// For a test that fails.
-    pub(super) fn show_last_logs(&self) {
+    pub fn show_last_logs(&self) {
         let logs = self.logs();
         let lines: Vec<&str> = logs.lines().collect();
         let last = lines[lines.len().saturating_sub(40)..].join("\n");
@@ -128,7 +128,7 @@ fn launch(arguments: &[&str], log: &Path) -> Child {
 }
 
 /// Addresses that nobody listens on. All sockets are open at the same time, so that they differ.
-pub(super) fn addresses<const N: usize>(ip: Ipv4Addr) -> [SocketAddr; N] {
+pub fn addresses<const N: usize>(ip: Ipv4Addr) -> [SocketAddr; N] {
     let sockets: [TcpListener; N] =
         std::array::from_fn(|_| TcpListener::bind((ip, 0)).expect("a port of the loopback network"));
     sockets.map(|socket| socket.local_addr().expect("its address"))

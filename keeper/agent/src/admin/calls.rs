@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use super::{Admin, AdminError};
 use crate::keepers::Keepers;
 use crate::link;
+use crate::tls::{self, Tls};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -59,7 +60,7 @@ impl Admin {
         for candidate in known.chain(keepers.iter().map(Err)) {
             let (client, fresh) = match candidate {
                 Ok(client) => (client, false),
-                Err(keeper) => match connect(keeper).await {
+                Err(keeper) => match connect(keeper, self.inner.keepers.tls()).await {
                     Ok(client) => (client, true),
                     Err(error) => {
                         reason = error;
@@ -130,16 +131,17 @@ fn may_be_done(code: Code) -> bool {
     )
 }
 
-async fn connect(keeper: &str) -> Result<KeeperClient<Channel>, String> {
+async fn connect(keeper: &str, tls: Option<&Arc<Tls>>) -> Result<KeeperClient<Channel>, String> {
     let endpoint = Endpoint::from_shared(keeper.to_owned()).map_err(|error| error.to_string())?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
-    Ok(link::client(endpoint.connect().await.map_err(|error| link::describe(&error))?))
+    Ok(link::client(tls::connect(&endpoint, tls).await?))
 }
 
 pub(super) fn explain(status: Status) -> AdminError {
     let message = status.message().to_owned();
     match status.code() {
         Code::NotFound => AdminError::NotFound(message),
+        Code::PermissionDenied | Code::Unauthenticated => AdminError::Denied(message),
         Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted => {
             AdminError::Invalid(message)
         }

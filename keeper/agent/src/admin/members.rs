@@ -38,6 +38,32 @@ pub struct KeeperStatus {
     /// Elections that this node has seen the outcome of.
     pub leaders_seen: u64,
     pub leases_expired: u64,
+    pub protection: Protection,
+}
+
+/// What is between a keeper and whoever reaches it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protection {
+    /// Both sides show a certificate, and what a caller may do goes by it.
+    Tls,
+    /// None; it can be reached from its own machine alone.
+    Loopback,
+    /// None: whoever reaches it may do everything.
+    Open,
+    /// It does not say.
+    Unknown,
+}
+
+impl From<v1::KeeperProtection> for Protection {
+    fn from(protection: v1::KeeperProtection) -> Self {
+        match protection {
+            v1::KeeperProtection::Tls => Protection::Tls,
+            v1::KeeperProtection::Loopback => Protection::Loopback,
+            v1::KeeperProtection::Open => Protection::Open,
+            v1::KeeperProtection::Unspecified => Protection::Unknown,
+        }
+    }
 }
 
 /// One of the keeper's nodes.
@@ -72,6 +98,7 @@ impl Admin {
         let request = v1::KeeperStatusRequest {};
         let s = self.call(request, async |mut client, request| client.keeper_status(request).await).await?;
         Ok(KeeperStatus {
+            protection: s.protection().into(),
             cluster_id: s.cluster_id,
             node_id: s.node_id,
             leader_id: (s.leader_id != 0).then_some(s.leader_id),

@@ -9,7 +9,7 @@ use tokio::time::{Instant as Clock, sleep, timeout};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use super::{STOP_TIMEOUT, call, spread};
+use super::{STOP_TIMEOUT, call, is_refusal, spread};
 use crate::{Instance, Shared};
 
 /// When a keeper was lost, so it was for thousands: those whose leases have ended meanwhile register again over this time.
@@ -87,7 +87,7 @@ pub(super) async fn register(
                     registered.insert(id, registration);
                     leases.send_replace(leases_of(registered));
                 }
-                Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
+                Err(status) if is_refusal(status.code()) => {
                     tracing::error!(
                         instance = id,
                         reason = status.message(),

@@ -7,7 +7,7 @@ use carillon_proto::{now_ms, v1, v1::keeper_client::KeeperClient};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use super::call;
+use super::{call, is_refusal};
 use crate::Shared;
 
 /// Reports in one call; the keeper's limit.
@@ -15,7 +15,7 @@ const REPORTS: usize = 256;
 
 /// An answer that the keeper does not take, now or later.
 fn is_final(code: Code) -> bool {
-    matches!(code, Code::NotFound | Code::FailedPrecondition | Code::InvalidArgument)
+    code == Code::NotFound || is_refusal(code)
 }
 
 /// Tells the keeper what was applied and what commands came to.
@@ -65,7 +65,7 @@ pub(super) async fn tell(
                     // The lease has ended: told again under the next one.
                     Err(status) if status.code() == Code::NotFound => gone = true,
                     // Saying it again would not help.
-                    Err(status) if status.code() == Code::InvalidArgument => {
+                    Err(status) if is_refusal(status.code()) => {
                         tracing::warn!(
                             instance = id,
                             reason = status.message(),
