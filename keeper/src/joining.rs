@@ -60,6 +60,9 @@ pub(crate) async fn standing(
     addresses: &[String],
 ) -> Standing {
     let deadline = Instant::now() + VERIFY_TIMEOUT;
+    // Where only this node itself has been there is nobody to wait for.
+    let was_here = |address: &String| found.members.iter().any(|(id, at)| *id == own && at == address);
+    let is_alone = addresses.iter().all(was_here);
     loop {
         let asked = addresses.iter().map(|address| identify(network, address, true));
         let answers = futures::future::join_all(asked).await;
@@ -84,7 +87,7 @@ pub(crate) async fn standing(
             };
         }
         // Nobody leads, or nobody is up yet: everything may be starting at once.
-        if Instant::now() + PAUSE >= deadline {
+        if is_alone || Instant::now() + PAUSE >= deadline {
             return Standing::AsBefore;
         }
         sleep(PAUSE).await;
