@@ -1,4 +1,4 @@
-//! The owner of topics: sequences, has stored, and routes them; knows who is online; runs broadcasts. DESIGN.md §4.
+//! The owner of topics: sequences, has stored, and routes them; knows who is online; runs broadcasts. See ARCHITECTURE.md.
 //!
 //! The decisions are in [`core`], without I/O; [`worker`] runs a core for each share of the slots; [`attach`] holds the
 //! streams to the gateways, [`broadcast`] the jobs, [`service`] the gRPC face. [`client`] is how others find an owner.

@@ -1,4 +1,4 @@
-//! The keeper: Raft, and on it typed configuration, discovery, slot assignment and commands. DESIGN.md §6.
+//! The keeper: Raft, and on it typed configuration, discovery, slot assignment and commands. See ARCHITECTURE.md.
 //!
 //! [`Keeper::start`] gives a running keeper on a listener; everyone speaks to it over gRPC, most with `carillon-agent`.
 //! Alone or one of several, it is the same code: any node can be asked anything, what only the leader can do is handed to
