@@ -195,7 +195,7 @@ pub struct Core {
     retry: VecDeque<(u64, u32, Box<str>)>,
     recent: RecentIds,
     /// What was published to slots that are on their way to us: their publishers have heard first that they are ours.
-    coming: HashMap<u32, Vec<Publish>>,
+    coming: HashMap<u32, Vec<(u64, Publish)>>,
     sweep: u32,
     out: Vec<Output>,
 }
@@ -255,6 +255,7 @@ impl Core {
             self.load(number, &name);
         }
         self.end_early(now_ms);
+        self.end_waits(now_ms);
         for slot in self.slots.values_mut() {
             slot.sessions.end_lost(now_ms, &self.routing, &self.apps, &mut self.out);
         }

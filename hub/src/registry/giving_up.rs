@@ -13,7 +13,7 @@ use super::Ownership;
 /// So long whoever has just heard of the next owner has to connect to it, and members of shares to finish what they have.
 const READY: Duration = Duration::from_millis(300);
 /// What has not gone by then is handed over again; after longer and longer, while the keepers are away.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+const AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(2));
 
 /// The task, for as long as the registry lives.
 pub struct GivingUp {
@@ -37,19 +37,29 @@ impl GivingUp {
                     break;
                 }
                 // All together: one change, which everyone hears of.
-                self.hand_over(&leaving).await;
+                let handed_over = self.hand_over(&leaving).await;
                 tokio::time::sleep(pause).await;
+                if handed_over {
+                    // What is to go from now on has its moment, too.
+                    break;
+                }
                 pause = (pause * 2).min(AGAIN.1);
             }
         }
     }
 
-    async fn hand_over(&self, slots: &[(u32, u64)]) {
+    async fn hand_over(&self, slots: &[(u32, u64)]) -> bool {
         let Ownership { instance, incarnation, .. } = &self.ownership;
         match self.admin.yield_slots(instance, *incarnation, slots).await {
-            Ok(moved) => tracing::info!(slots = slots.len(), moved, "slots handed over"),
+            Ok(moved) => {
+                tracing::info!(slots = slots.len(), moved, "slots handed over");
+                true
+            }
             // The keeper takes them in the end.
-            Err(error) => tracing::warn!(%error, slots = slots.len(), "slots could not be handed over"),
+            Err(error) => {
+                tracing::warn!(%error, slots = slots.len(), "slots could not be handed over");
+                false
+            }
         }
     }
 }

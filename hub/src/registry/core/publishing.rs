@@ -32,7 +32,7 @@ impl Core {
     /// A publish that is counted, to a slot that is ours or will be.
     pub(super) fn take(&mut self, number: u32, publish: Publish, now_ms: u64) {
         let Some(slot) = self.slots.get_mut(&number) else {
-            return self.coming.entry(number).or_default().push(publish);
+            return self.wait(number, publish, now_ms);
         };
         let topic = topic_entry(&mut slot.topics, &publish.message.topic, &mut self.topics);
         topic.used = true;

@@ -12,7 +12,7 @@ use super::topic::{Load, State, Topic};
 use super::{AskError, Asked, Core, Fence, MOVED, Output, RETRY_MS, Slot, topic_entry};
 
 /// What receivers say of slots that are not ours (yet) waits for this long, and at most so much of it.
-const EARLY_MS: u64 = 1000;
+pub(super) const EARLY_MS: u64 = 1000;
 const EARLY: usize = 65_536;
 
 /// Topics and who announced them.

@@ -595,6 +595,14 @@ fn what_reaches_the_next_owner_before_it_has_heard_of_its_slot_waits_there() {
     bench.core.set_coming(&HashSet::new());
     assert_eq!(bench.run(), ["reply 1 not_owner"]);
     assert_eq!(bench.core.sizes().unanswered, 0);
+    // Nor in time.
+    bench.core.set_coming(&HashSet::from([slot]));
+    bench.publish(TOPIC, 1);
+    bench.core.tick(NOW + 999);
+    assert_eq!(bench.run(), [""; 0]);
+    bench.core.tick(NOW + 1000);
+    assert_eq!(bench.run(), ["reply 2 not_owner"]);
+    assert_eq!(bench.core.sizes().unanswered, 0);
 }
 
 // --- sessions ---
