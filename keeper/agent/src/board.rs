@@ -241,8 +241,10 @@ impl Board {
         documents.sort();
         documents.dedup();
         for document in documents {
-            let revision = |view: &View| view.chosen(&document, &self.process).map(|chosen| chosen.revision);
-            if other_cluster || revision(&before) != revision(&self.view) {
+            // Not by its number: a restored cluster gives the same number to another text.
+            let changed =
+                before.chosen(&document, &self.process) != self.view.chosen(&document, &self.process);
+            if other_cluster || changed {
                 self.apply_document(&document);
             }
         }

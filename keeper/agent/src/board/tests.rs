@@ -104,6 +104,17 @@ fn a_document_is_applied_refused_and_taken_away() {
 }
 
 #[test]
+fn another_text_under_the_same_number_is_applied() {
+    let mut board = Board::new();
+    let mut gate = board.config::<Gate>();
+    board.replace("c".into(), vec![document(6, "limit: 1")], 0);
+    assert_eq!(gate.borrow_and_update().limit, 1);
+    // The cluster was lost, restored at revision 5, and changed again.
+    board.replace("c".into(), vec![document(6, "limit: 2")], 0);
+    assert_eq!(gate.borrow_and_update().limit, 2);
+}
+
+#[test]
 fn the_same_state_again_tells_nobody() {
     let mut board = Board::new();
     let mut gate = board.config::<Gate>();
