@@ -558,6 +558,12 @@ async fn a_renewed_certificate_is_taken_up_and_nobody_is_dropped() {
     replace(&certificate, "not a certificate");
     tokio::time::sleep(tls::CHECK_INTERVAL + Duration::from_millis(500)).await;
     assert_eq!(shown(&keeper, &authority).await, before);
+    // Files that were mistaken for one another, and one that has ended already.
+    for (uri, until) in [("hub", SystemTime::now() + 3 * YEAR), ("keeper", SystemTime::now() - YEAR / 365)] {
+        authority.write("keeper", Some(uri), until);
+        tokio::time::sleep(tls::CHECK_INTERVAL + Duration::from_millis(500)).await;
+        assert_eq!(shown(&keeper, &authority).await, before, "{uri}");
+    }
     authority.write("keeper", Some("keeper"), SystemTime::now() + 2 * YEAR);
     until("the keeper shows its new certificate", async || {
         let now = shown(&keeper, &authority).await;

@@ -72,6 +72,7 @@ pub struct Subject {
     /// Of a process its instance id, of a person who it is; None: the certificate is for all of that role.
     pub name: Option<String>,
     /// Unix seconds.
+    pub not_before: i64,
     pub not_after: i64,
 }
 
@@ -106,7 +107,9 @@ impl Subject {
             several => return Err(SubjectError::SeveralRoles(several.join(", "))),
         };
         let (role, name) = parse(uri)?;
-        Ok(Subject { role, name, not_after: certificate.validity().not_after.timestamp() })
+        let validity = certificate.validity();
+        let (not_before, not_after) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+        Ok(Subject { role, name, not_before, not_after })
     }
 }
 

@@ -48,6 +48,10 @@ pub enum TlsError {
     Subject { path: PathBuf, error: SubjectError },
     #[error("TLS cannot be used: {0}")]
     Rustls(#[from] rustls::Error),
+    #[error("{}: the certificate is that of {found}, not of {expected}", path.display())]
+    AnotherRole { path: PathBuf, found: CertificateRole, expected: CertificateRole },
+    #[error("{}: the certificate is not valid now", path.display())]
+    NotNow { path: PathBuf },
 }
 
 /// What the files held when they were last read.
@@ -98,7 +102,12 @@ impl Tls {
     pub fn look(&self) {
         let before = self.held.lock().loaded.clone();
         let found = read(&self.files).and_then(|material| {
-            if material == before.material { Ok(None) } else { load(&self.files, material).map(Some) }
+            if material == before.material {
+                return Ok(None);
+            }
+            let loaded = load(&self.files, material)?;
+            check_renewed(&self.files, &before.subject, &loaded.subject, unix_seconds())?;
+            Ok(Some(loaded))
         });
         let mut held = self.held.lock();
         held.looked = Instant::now();
@@ -224,6 +233,23 @@ fn load(files: &TlsFiles, material: [Vec<u8>; 3]) -> Result<Loaded, TlsError> {
     // Whoever resumes shows no certificate: every connection is to be looked at.
     client.resumption = Resumption::disabled();
     Ok(Loaded { certified, authorities, subject, client: Arc::new(client), material })
+}
+
+/// What is wrong with a new certificate beside what there is.
+fn check_renewed(files: &TlsFiles, before: &Subject, new: &Subject, now: i64) -> Result<(), TlsError> {
+    let path = files.certificate.clone();
+    if new.role != before.role {
+        return Err(TlsError::AnotherRole { path, found: new.role, expected: before.role });
+    }
+    let is_valid = |subject: &Subject| (subject.not_before..=subject.not_after).contains(&now);
+    if is_valid(before) && !is_valid(new) {
+        return Err(TlsError::NotNow { path });
+    }
+    Ok(())
+}
+
+fn unix_seconds() -> i64 {
+    i64::try_from(carillon_proto::now_ms() / 1000).unwrap_or(i64::MAX)
 }
 
 /// The scheme of keepers' addresses.

@@ -5,7 +5,12 @@ use tonic::Code;
 use super::*;
 
 fn caller(role: CertificateRole, name: Option<&str>) -> Caller {
-    Caller::Certified(Arc::new(Subject { role, name: name.map(str::to_owned), not_after: i64::MAX }))
+    Caller::Certified(Arc::new(Subject {
+        role,
+        name: name.map(str::to_owned),
+        not_before: 0,
+        not_after: i64::MAX,
+    }))
 }
 
 fn may(role: CertificateRole, method: &str) -> bool {
