@@ -232,13 +232,24 @@ impl Core {
         if request.applied.len() > MAX_REPORTS {
             return Err(Status::invalid_argument(format!("more than {MAX_REPORTS} documents in one report")));
         }
+        // What has been applied has been decided: here, too, after this.
+        self.node.linearize().await?;
         let mut then = Vec::new();
         for applied in &request.applied {
             keys::check_instance(&applied.instance).map_err(|what| {
                 Status::invalid_argument(format!("instance id {:?} {what}", applied.instance))
             })?;
             // A newer process may know kinds that this keeper does not.
-            if self.kind_of(&applied.document).is_err() {
+            let Ok(kind) = self.kind_of(&applied.document) else { continue };
+            // Whoever could report of documents that there are not could fill the store with them.
+            let is_there = {
+                let (state, document) = (self.node.state(), &applied.document);
+                let key = keys::applied(&applied.instance, document);
+                [keys::config(document), keys::release(document), key]
+                    .iter()
+                    .any(|key| state.get(key).is_some())
+            };
+            if kind.named && !is_there {
                 continue;
             }
             let mut applied = applied.clone();

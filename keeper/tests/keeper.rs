@@ -408,6 +408,29 @@ async fn concurrent_changes_do_not_lose_each_other() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_said_of_documents_that_are_not_there_is_not_kept() {
+    let directory = TempDir::new().unwrap();
+    let keeper = start(directory.path()).await;
+    admin(&keeper).publish("app/there", "{}", ChangeOptions::default()).await.unwrap();
+    let mut client = client(&keeper).await;
+    let instance = v1::InstanceRecord { id: "hub-0".to_owned(), incarnation: 1, ..Default::default() };
+    let register = v1::RegisterRequest { instance: Some(instance), ttl_ms: 0 };
+    let lease = client.register(register).await.unwrap().into_inner().lease;
+    let documents = ["app/there", "app/none-1", "app/none-2", "gate"];
+    let applied = documents.map(|document| v1::AppliedConfig {
+        instance: "hub-0".to_owned(),
+        document: document.to_owned(),
+        ..Default::default()
+    });
+    client.report_config(v1::ReportConfigRequest { lease, applied: applied.to_vec() }).await.unwrap();
+    let kept = v1::RangeRequest { key: "carillon/applied/".to_owned(), prefix: true, ..Default::default() };
+    let kept = client.range(kept).await.unwrap().into_inner().items;
+    let kept: Vec<&str> = kept.iter().map(|item| item.key.as_str()).collect();
+    assert_eq!(kept, ["carillon/applied/hub-0/app/there", "carillon/applied/hub-0/gate"]);
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_written_is_there_after_a_restart_which_is_quick() {
     let directory = TempDir::new().unwrap();
     let keeper = start(directory.path()).await;
