@@ -174,14 +174,16 @@ pub(crate) async fn join(
                     Ok(mut members) => {
                         members.insert(core.node.id(), own.to_owned());
                         let voters = members.len();
-                        core.node.found(members).await?;
-                        tracing::info!(
-                            cluster,
-                            node = node_text(core.node.id()),
-                            voters,
-                            "new cluster founded"
-                        );
-                        continue;
+                        if core.node.found(members).await? {
+                            tracing::info!(
+                                cluster,
+                                node = node_text(core.node.id()),
+                                voters,
+                                "new cluster founded"
+                            );
+                            continue;
+                        }
+                        "the founding that this node has voted in; nothing was decided, so if its founder is lost, start this node with an empty directory".to_owned()
                     }
                     Err(status) => format!("all peers to be of the new cluster ({})", status.message()),
                 }

@@ -70,6 +70,8 @@ const SNAPSHOTS_SAVED: usize = 2;
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Calls under way are given this long to end when the keeper stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// What one connection may send before it is read, several streams' worth.
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 
 /// What a keeper needs.
 pub struct KeeperOptions<L = TcpListener> {
@@ -427,6 +429,8 @@ where
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        // A stream of appends or proposals must not keep heartbeats and votes from the connection that they share.
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .add_service(service)
         .add_service(peers)
         .serve_with_incoming_shutdown(incoming, core.stop.clone().cancelled_owned());

@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use prometheus::IntCounter;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::Status;
 
 use crate::identity::Identity;
@@ -200,10 +200,14 @@ impl Node {
 
     /// Founds a cluster of these nodes, by id and address, this one among them: all have a vote at once. Nothing happens when
     /// this one belongs to one already.
-    pub(crate) async fn found(&self, members: BTreeMap<u64, String>) -> Result<(), NodeError> {
+    /// False: it has voted already in a founding that is not finished.
+    pub(crate) async fn found(&self, members: BTreeMap<u64, String>) -> Result<bool, NodeError> {
         let members = members.into_iter().map(|(id, address)| (id, BasicNode::new(address)));
         match self.raft.initialize(members.collect::<BTreeMap<_, _>>()).await {
-            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
+                self.is_initialized().await.map_err(|error| NodeError(error.to_string()))
+            }
             Err(error) => Err(NodeError(error.to_string())),
         }
     }
@@ -322,11 +326,14 @@ impl Node {
         let _pending = self.measures.proposed();
         let deadline = Instant::now() + PROPOSE_TIMEOUT;
         loop {
-            let outcome = if self.leads() {
-                self.propose_here(entry.clone()).await
-            } else {
-                self.propose_there(entry.clone()).await
+            let attempt = async {
+                if self.leads() {
+                    self.propose_here(entry.clone()).await
+                } else {
+                    self.propose_there(entry.clone()).await
+                }
             };
+            let outcome = timeout_at(deadline, attempt).await.unwrap_or(Err(Unavailable::Timeout));
             match outcome {
                 Err(Unavailable::NotLeader { .. }) if Instant::now() + RETRY < deadline => sleep(RETRY).await,
                 outcome => return self.measures.counted(outcome),
@@ -355,12 +362,15 @@ impl Node {
     }
 
     async fn propose_there(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
-        let leader = self.leader().ok_or(Unavailable::NotLeader { leader: None })?;
-        let answer = self.forwarding.ask(leader, || self.leader_client(), entry);
-        match timeout(PROPOSE_TIMEOUT, answer).await {
-            Ok(Some(answer)) => answer,
-            Ok(None) => Err(self.not_leader()),
-            Err(_) => Err(Unavailable::Timeout),
+        let (leader, address) = self.leader().ok_or(Unavailable::NotLeader { leader: None })?;
+        // To the very node that the stream will be known as: who leads may have changed meanwhile.
+        let connect = || {
+            let client = self.network.member(leader, &address);
+            client.map_err(|_| Unavailable::NotLeader { leader: Some(address.clone()) })
+        };
+        match self.forwarding.ask((leader, address.clone()), connect, entry).await {
+            Some(answer) => answer,
+            None => Err(self.not_leader()),
         }
     }
 

@@ -45,7 +45,6 @@ const BACKOFF: Duration = Duration::from_millis(100);
 /// Before a node that did not take a snapshot is sent it again: doubled with each time, up to 64 times this. To send one is
 /// to read the whole of it.
 const SNAPSHOT_BACKOFF: Duration = Duration::from_millis(100);
-const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Size of a part of a snapshot.
 const PART_BYTES: usize = 512 * 1024;
 /// Parts of a snapshot that may be under way.
@@ -156,8 +155,6 @@ impl Network {
             .map_err(|error| Status::invalid_argument(format!("{address:?} is not host:port: {error}")))?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
-            // A stream of appends must not keep heartbeats and votes from the connection that they share.
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE)
             .keep_alive_while_idle(true);
