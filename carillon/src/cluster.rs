@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use carillon_agent::app::App;
 use carillon_agent::document::DocumentKind;
 use carillon_agent::revoked::Revoked;
@@ -59,7 +59,7 @@ pub async fn start_keeper(options: KeeperOptions) -> anyhow::Result<KeeperHandle
 
 /// `carillon keeper`.
 pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Running> {
-    let process = Process::open(&args.process, "keeper", None).await?;
+    let process = Process::open(&args.process, "keeper", None, None).await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for all other processes").await?;
     let address = grpc.local_addr()?;
     let mut options = keeper_options(&process.data_dir, grpc, &process.metrics);
@@ -79,7 +79,7 @@ pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Runnin
 /// `carillon hub`.
 pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let tls = args.access.open(&args.keeper)?;
-    let process = Process::open(&args.process, "hub", tls.as_ref()).await?;
+    let process = Process::open(&args.process, "hub", args.labels.instance.as_deref(), tls.as_ref()).await?;
     let grpc = listen(args.grpc, "--grpc", "gRPC for other processes").await?;
     let http = listen(args.http, "--http", "the API and the console").await?;
     let labels = args.labels.labels();
@@ -114,7 +114,8 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
 /// `carillon gateway`.
 pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let tls = args.access.open(&args.keeper)?;
-    let process = Process::open(&args.process, "gateway", tls.as_ref()).await?;
+    let process =
+        Process::open(&args.process, "gateway", args.labels.instance.as_deref(), tls.as_ref()).await?;
     let labels = args.labels.labels();
     let agent = process.agent(args.keeper, tls, &[Role::Gateway], &labels);
     let mut listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
@@ -186,15 +187,30 @@ struct Process {
 }
 
 impl Process {
-    /// A new one is called what its certificate calls it.
-    async fn open(args: &ProcessArgs, command: &str, tls: Option<&Arc<Tls>>) -> anyhow::Result<Self> {
+    /// A new one is called `instance`, or what its certificate calls it.
+    async fn open(
+        args: &ProcessArgs,
+        command: &str,
+        instance: Option<&str>,
+        tls: Option<&Arc<Tls>>,
+    ) -> anyhow::Result<Self> {
         let name = tls.and_then(|tls| tls.now().subject.name.clone());
         if let Some(name) = &name {
             keys::check_instance(name).map_err(|what| {
                 anyhow!("the name in the certificate, {name:?}, {what}, so that it is no instance id")
             })?;
+            if let Some(instance) = instance.filter(|instance| instance != name) {
+                bail!("--instance is {instance:?}, but the certificate for the keepers is {name:?}'s");
+            }
         }
-        let data_dir = DataDir::open_as(&args.data_dir, command, name.as_deref())?;
+        let data_dir = DataDir::open_as(&args.data_dir, command, instance.or(name.as_deref()))?;
+        let own = data_dir.instance("");
+        if let Some(instance) = instance.filter(|instance| *instance != own) {
+            let path = args.data_dir.display();
+            bail!(
+                "--instance is {instance:?}, but the data directory {path} is {own:?}'s: choose another with --data-dir"
+            );
+        }
         let ops = listen(args.ops, "--ops", "metrics and health").await?;
         let metrics = prometheus::Registry::new();
         ops::register_process(&metrics, command)?;

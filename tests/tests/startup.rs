@@ -230,6 +230,8 @@ async fn the_roles_run_as_processes_of_their_own() {
     ]);
     let mut gateway = start(&[
         "gateway",
+        "--instance",
+        "edge-0",
         "--data-dir",
         &data("gateway"),
         "--keeper",
@@ -258,6 +260,8 @@ async fn the_roles_run_as_processes_of_their_own() {
         String::from_utf8(output.stdout).unwrap()
     };
     let to = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let instances = run(to(&["instances", "--keeper", &keeper_url])).await;
+    assert!(instances.lines().any(|line| line.starts_with("edge-0 ")), "{instances}");
     let key = "a-key-of-the-shop-app";
     run(to(&[
         "config",
@@ -291,6 +295,11 @@ async fn the_roles_run_as_processes_of_their_own() {
         assert_eq!(unsafe { libc::kill(process.id().unwrap() as libc::pid_t, libc::SIGTERM) }, 0);
         assert_eq!(within("it ends", process.wait()).await.unwrap().code(), Some(0), "{name}");
     }
+    let other = ["gateway", "--instance", "edge-1", "--data-dir", &data("gateway"), "--keeper", &keeper_url];
+    let output = within("it gives up", carillon(&other).output()).await.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("--instance is \"edge-1\"") && said.contains("is \"edge-0\"'s"), "{said}");
 }
 
 /// A process with its log in a file.

@@ -128,6 +128,10 @@ pub fn host_port(text: &str) -> Result<String, String> {
 /// What a process is told apart by: configuration can be for some of them.
 #[derive(Debug, Clone, Args)]
 pub struct LabelArgs {
+    /// What this process is called in the cluster; unlike that of any other [default: the name in its certificate for the
+    /// keepers, or one that is made up at the first start and kept in the data directory]
+    #[arg(long, env = "CARILLON_INSTANCE", value_name = "ID", value_parser = instance)]
+    pub instance: Option<String>,
     /// A label of this process; may be repeated
     #[arg(long = "label", env = "CARILLON_LABELS", value_delimiter = ',', value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
@@ -140,6 +144,11 @@ impl LabelArgs {
     pub fn labels(&self) -> BTreeMap<String, String> {
         self.labels.iter().chain(&self.pool).cloned().collect()
     }
+}
+
+fn instance(id: &str) -> Result<String, String> {
+    carillon_agent::keys::check_instance(id)?;
+    Ok(id.to_owned())
 }
 
 /// `key=value`
