@@ -2,14 +2,15 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help dev console build test fmt lint bench million soak burst keeper-torture clean
+.PHONY: help dev console build test fmt lint bench million soak burst keeper-torture cluster-up \
+	cluster-down cluster-load-image cluster-check clean
 
 CARGO ?= cargo
 # Everything that is fetched or built outside of target/ and node_modules/.
 export CARILLON_CACHE ?= $(HOME)/.cache/carillon
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 dev: console ## Build, start everything on this machine, and print what to do next (flags: make dev ARGS="--http 127.0.0.1:8081")
 	@$(CARGO) build --package carillon
@@ -59,6 +60,22 @@ keeper-torture: ## Break clusters of keepers for MINUTES (10) in every way, and 
 	@$(CARGO) build --quiet --release --package carillon-tests --bin keeper_torture
 	@CARILLON_BIN=$(or $(CARILLON),target/release/carillon) exec target/release/keeper_torture --minutes $(or $(MINUTES),10) $(ARGS)
 
+cluster-up: ## Start a Kubernetes of one node on this machine (root), and print the path of its kubeconfig
+	@tests/setup cluster
+	@tests/cluster/up
+
+cluster-down: ## End it, and remove what it has left
+	@tests/cluster/down
+
+cluster-load-image: ## Hand an image of target/debug/carillon (CARILLON=path) to it, as carillon:dev (IMAGE=names)
+	@[ -n "$(CARILLON)" ] || $(CARGO) build --package carillon
+	@CARILLON=$(or $(CARILLON),target/debug/carillon) tests/cluster/load-image $(or $(IMAGE),carillon:dev)
+
+cluster-check: ## Prove that it is one, and that it leaves nothing behind (ends one that runs)
+	@[ -n "$(CARILLON)" ] || $(CARGO) build --package carillon
+	@CARILLON=$(or $(CARILLON),target/debug/carillon) tests/cluster/check --down
+
 clean: ## Remove what was built (the data of `make dev` stays)
+	@tests/cluster/down
 	@$(CARGO) clean
 	@rm -rf console/dist console/node_modules client/js/dist client/js/node_modules gateway/fuzz/target

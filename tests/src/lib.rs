@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod device;
 pub mod fleet;
 pub mod keepers;
+pub mod kubernetes;
 pub mod mqtt;
 pub mod server;
 pub mod swarm;
