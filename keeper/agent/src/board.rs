@@ -126,7 +126,9 @@ impl Board {
         }
         for document in self.view.names() {
             let now = self.meant(&document);
-            if self.applied.get(&document).is_some_and(|applied| applied.tried != now) {
+            // What was not meant for anybody here so far has not been looked at either.
+            let tried = self.applied.get(&document).map(|applied| applied.tried.clone()).unwrap_or_default();
+            if tried != now {
                 self.apply_document(&document);
             }
         }

@@ -114,6 +114,44 @@ fn another_text_under_the_same_number_is_applied() {
     assert_eq!(gate.borrow_and_update().limit, 2);
 }
 
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Door {
+    width: u32,
+}
+
+impl ConfigDocument for Door {
+    const KIND: &'static str = "door";
+    const NAMED: bool = true;
+}
+
+#[test]
+fn a_document_that_is_only_being_released_is_had_by_who_says_late_who_it_is() {
+    let candidate = v1::ConfigRevision {
+        document: "door/a".into(),
+        revision: 1,
+        yaml: "width: 7".into(),
+        ..Default::default()
+    };
+    let release = v1::ConfigRelease {
+        candidate: Some(candidate),
+        target: Some(v1::ConfigTarget { roles: vec!["gateway".into()], ..Default::default() }),
+    };
+    let mut board = Board::new();
+    let mut doors = board.configs::<Door>();
+    board.replace("c".into(), vec![event(&keys::release("door/a"), 1, &release)], 0);
+    assert!(doors.borrow_and_update().is_empty(), "it is not known who this is");
+    board.register(Instance { roles: vec![Role::Gateway], ..Instance::new("me") });
+    assert_eq!(doors.borrow_and_update()["a"].width, 7);
+    assert_eq!((board.untold(9).len(), board.untold(9)[0].applied_revision), (1, 1));
+    // And nothing is told of it by others.
+    let mut other = Board::new();
+    let doors = other.configs::<Door>();
+    other.replace("c".into(), vec![event(&keys::release("door/a"), 1, &release)], 0);
+    other.register(Instance { roles: vec![Role::Registry], ..Instance::new("other") });
+    assert!(doors.borrow().is_empty() && other.untold(9).is_empty());
+}
+
 #[test]
 fn the_same_state_again_tells_nobody() {
     let mut board = Board::new();
