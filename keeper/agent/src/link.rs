@@ -335,3 +335,21 @@ fn begin(shared: &Arc<Shared>, commands: Vec<v1::CommandRecord>) {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thousand_do_not_come_at_once() {
+        let whole = Duration::from_secs(2);
+        let mut tenths = [0; 10];
+        for _ in 0..10_000 {
+            let one = spread(whole);
+            assert!(one < whole, "{one:?}");
+            tenths[(one.as_secs_f64() / whole.as_secs_f64() * 10.0) as usize] += 1;
+        }
+        // 1,000 each, give or take six times their deviation.
+        assert!(tenths.iter().all(|count| (820..1180).contains(count)), "{tenths:?}");
+    }
+}

@@ -499,3 +499,52 @@ fn futures_can_be_spawned() {
     sendable(&admin.instances());
     sendable(&admin.applied(None));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn those_whose_leases_end_together_do_not_come_back_together() {
+    const AGENTS: usize = 24;
+    let directory = TempDir::new().unwrap();
+    let keeper = start(directory.path()).await;
+    let admin = Admin::new(vec![keeper.endpoint()]);
+    let agents: Vec<Agent> = (0..AGENTS)
+        .map(|i| {
+            let agent = Agent::start(Options::new(vec![keeper.endpoint()]));
+            agent.register(instance(&format!("one-{i}"), 1, &[]));
+            agent
+        })
+        .collect();
+    let since = async || -> BTreeMap<String, u64> {
+        let live = admin.live().await.unwrap();
+        live.into_iter().map(|one| (one.instance.id, one.since_ms)).collect()
+    };
+    let before =
+        eventually("all are there", async || Some(since().await).filter(|all| all.len() == AGENTS)).await;
+    let mut client =
+        carillon_proto::v1::keeper_client::KeeperClient::connect(keeper.endpoint()).await.unwrap();
+    let range = carillon_proto::v1::RangeRequest {
+        key: carillon_agent::keys::INSTANCES.to_owned(),
+        prefix: true,
+        ..Default::default()
+    };
+    for item in client.range(range).await.unwrap().into_inner().items {
+        client.lease_revoke(carillon_proto::v1::LeaseRevokeRequest { lease: item.lease }).await.unwrap();
+    }
+    let after = eventually("all are back", async || {
+        let all = since().await;
+        (all.len() == AGENTS && all.iter().all(|(id, since)| before[id] < *since)).then_some(all)
+    })
+    .await;
+    // Each sees it at its next keep-alive, which comes the same time after it had registered; what differs beyond that is
+    // the jitter.
+    let mut waits: Vec<u64> = after.iter().map(|(id, since)| since - before[id]).collect();
+    waits.sort_unstable();
+    let spread = waits[AGENTS - 1] - waits[0];
+    assert!((1000..2800).contains(&spread), "{waits:?}");
+    let densest =
+        waits.iter().map(|from| waits.iter().filter(|wait| (*from..from + 250).contains(wait)).count()).max();
+    assert!(densest < Some(AGENTS / 2), "{waits:?}");
+    for agent in agents {
+        agent.stop().await;
+    }
+    keeper.stop().await;
+}
