@@ -92,7 +92,7 @@ fn sixteen_mib() -> u64 {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Webhook {
-    /// `http://` or `https://`; events are POSTed as JSON arrays.
+    /// `http://` or `https://`; events are POSTed as JSON arrays. It may hold a password or a token, so it is a secret.
     pub url: String,
     /// Signs each request: header `carillon-signature: sha256={hex HMAC of the body}`.
     #[serde(default)]
@@ -177,7 +177,8 @@ impl App {
 impl ConfigDocument for App {
     const KIND: &'static str = "app";
     const NAMED: bool = true;
-    const SECRETS: &'static [&'static str] = &["api_keys[].key", "token_keys[].key", "webhook.secret"];
+    const SECRETS: &'static [&'static str] =
+        &["api_keys[].key", "token_keys[].key", "webhook.url", "webhook.secret"];
 
     fn check(&self, name: Option<&str>) -> Vec<Violation> {
         let mut found = Vec::new();

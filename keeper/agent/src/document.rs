@@ -61,8 +61,8 @@ pub trait ConfigDocument:
     const KIND: &'static str;
     /// One document a cluster (`gateway`), or one for each name (`app/demo`).
     const NAMED: bool = false;
-    /// Paths of fields whose values are never shown when somebody looks at differences, history or where a value comes
-    /// from: `api_keys[].key`, where `[]` is every element.
+    /// Paths of fields whose values are never shown when somebody looks at differences, history, where a value comes from, or
+    /// why a document was refused: `api_keys[].key`, where `[]` is every element. The rules below must not tell them either.
     const SECRETS: &'static [&'static str] = &[];
 
     /// Rules that the schema cannot say. `name` is the document's name if the kind is named.
@@ -122,8 +122,9 @@ pub fn parse<T: ConfigDocument>(name: Option<&str>, yaml: &str) -> Result<T, Vec
 /// is, where all others were left out.
 fn read<T: ConfigDocument>(value: Value, places: &[Option<usize>]) -> Result<T, Violation> {
     serde_path_to_error::deserialize(value).map_err(|error| {
-        let mut path = String::new();
+        let (mut path, mut pattern, mut is_whole) = (String::new(), String::new(), true);
         for (depth, segment) in error.path().iter().enumerate() {
+            is_whole &= matches!(segment, Segment::Seq { .. } | Segment::Map { .. });
             match segment {
                 Segment::Seq { index } => {
                     let place = places.get(depth).copied().flatten().unwrap_or(*index);
@@ -132,9 +133,54 @@ fn read<T: ConfigDocument>(value: Value, places: &[Option<usize>]) -> Result<T, 
                 segment if path.is_empty() => path.push_str(&segment.to_string()),
                 segment => path.push_str(&format!(".{segment}")),
             }
+            // Beyond what is no field it is not known what is a secret: that counts as what it is in.
+            match segment {
+                _ if !is_whole => {}
+                Segment::Seq { .. } => pattern.push_str("[]"),
+                segment if pattern.is_empty() => pattern.push_str(&segment.to_string()),
+                segment => pattern.push_str(&format!(".{segment}")),
+            }
         }
-        Violation::new(path, error.into_inner().to_string())
+        let message = error.into_inner().to_string();
+        Violation::new(path, told(T::SECRETS, &pattern, message))
     })
+}
+
+/// Does a field hold a secret? `pattern`: its path with `[]` for every element; empty: the document.
+pub fn is_secret(secrets: &[&str], pattern: &str) -> bool {
+    // What is below a secret is one; and so is what a secret is below, when it is no list or mapping that can be looked
+    // into: a value in the wrong place.
+    secrets.iter().any(|secret| is_below(pattern, secret) || is_below(secret, pattern))
+}
+
+/// Is a field another one, or in it?
+fn is_below(inner: &str, outer: &str) -> bool {
+    let rest = inner.strip_prefix(outer);
+    outer.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+}
+
+/// Why a value does not fit, as it may be told: without the value where it may be a secret.
+fn told(secrets: &[&str], pattern: &str, message: String) -> String {
+    if !is_secret(secrets, pattern) {
+        return message;
+    }
+    match without_value(&message) {
+        Some(message) => message,
+        None if secrets.iter().any(|secret| is_below(pattern, secret)) => {
+            "does not fit; why is not told, it is a secret".to_owned()
+        }
+        // Of what only holds a secret: a field that is missing or not known.
+        None => message,
+    }
+}
+
+/// The words of serde for a value that is not what is expected, without the value; None: they are not of that kind.
+pub(crate) fn without_value(message: &str) -> Option<String> {
+    const KINDS: [&str; 4] = ["invalid type", "invalid value", "invalid length", "unknown variant"];
+    let kind = KINDS.into_iter().find(|kind| message.starts_with(kind))?;
+    // What is expected comes last, and is the type's own.
+    let expected = message.rsplit_once(", expected ").map(|(_, expected)| format!(", expected {expected}"));
+    Some(format!("{kind}: (secret){}", expected.unwrap_or_default()))
 }
 
 /// Finds all that does not fit the type, not only what is read first: what does not fit is taken apart, as long as it may
@@ -275,6 +321,56 @@ mod tests {
         let found = parse::<Shop>(None, yaml).unwrap_err();
         assert!(found.iter().all(|violation| !violation.message.is_empty()), "{found:?}");
         found.into_iter().map(|violation| violation.path).collect()
+    }
+
+    #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+    #[serde(default, deny_unknown_fields)]
+    struct Safe {
+        code: String,
+        pin: Option<u32>,
+        keys: Vec<Key>,
+        open: u32,
+    }
+
+    #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Key {
+        name: String,
+        cut: u32,
+    }
+
+    impl ConfigDocument for Safe {
+        const KIND: &'static str = "safe";
+        const SECRETS: &'static [&'static str] = &["code", "pin", "keys[].cut"];
+    }
+
+    #[test]
+    fn secrets_are_not_in_what_is_told_of_what_does_not_fit() {
+        for (yaml, expected) in [
+            ("code: [hunter]", "code: invalid type: (secret), expected a string"),
+            ("code: {hunter: 1}", "code: invalid type: (secret), expected a string"),
+            ("pin: 'hunter, expected it'", "pin: invalid type: (secret), expected u32"),
+            ("pin: -471147", "pin: invalid value: (secret), expected u32"),
+            ("keys: [{name: a, cut: hunter}]", "keys[0].cut: invalid type: (secret), expected u32"),
+            // In the wrong place.
+            ("keys: hunter", "keys: invalid type: (secret), expected a sequence"),
+            ("keys: [hunter]", "keys[0]: invalid type: (secret), expected struct Key"),
+            ("keys: [{cut: 5}]", "keys[0]: missing field `name`"),
+            ("open: everyone", "open: invalid type: string \"everyone\", expected u32"),
+            ("keys: [{name: 5, cut: 1}]", "keys[0].name: invalid type: integer `5`, expected a string"),
+        ] {
+            let found = parse::<Safe>(None, yaml).unwrap_err();
+            assert_eq!(found[0].to_string(), expected, "{yaml}");
+            assert_eq!(found.len(), 1, "{found:?}");
+        }
+        let tagged = parse::<Safe>(None, "code: !!int hunter").unwrap_err();
+        let expected = "code: invalid value: (secret), expected an integer at line 1 column 7";
+        assert_eq!(tagged[0].to_string(), expected);
+        assert_eq!(
+            told(&["a"], "a", "hunter is bad".into()),
+            "does not fit; why is not told, it is a secret"
+        );
+        assert_eq!(told(&["a"], "", "invalid type: string \"x\"".into()), "invalid type: (secret)");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use carillon_proto::v1;
 use serde_yaml::{Mapping, Value};
 
-use crate::document::Violation;
+use crate::document::{Violation, without_value};
 use crate::target::{Process, Target};
 
 /// The revision that is meant for a process, and whether because it is being released to it.
@@ -62,7 +62,14 @@ pub fn mapping(yaml: &str) -> Result<Value, Violation> {
     if yaml.trim().is_empty() {
         return Ok(Value::Mapping(Mapping::new()));
     }
-    match serde_yaml::from_str(yaml).map_err(|error| Violation::new("", error.to_string()))? {
+    // A value that is not what its tag says; whose, and whether it is a secret, is not known yet.
+    let told = |error: serde_yaml::Error| {
+        let text = error.to_string();
+        // After the path, which the YAML reader says first.
+        let (path, what) = text.split_at(text.find("invalid ").unwrap_or(0));
+        without_value(what).map_or_else(|| text.clone(), |what| format!("{path}{what}"))
+    };
+    match serde_yaml::from_str(yaml).map_err(|error| Violation::new("", told(error)))? {
         Value::Null => Ok(Value::Mapping(Mapping::new())),
         value @ Value::Mapping(_) => Ok(value),
         _ => Err(Violation::new("", "is not a mapping of fields to values")),

@@ -1,6 +1,6 @@
 //! A document as its fields: what differs between two, and which of them are nobody's business.
 
-use carillon_agent::document::DocumentKind;
+use carillon_agent::document::{self, DocumentKind};
 use carillon_agent::layers;
 use carillon_agent::target::Target;
 use carillon_proto::v1;
@@ -54,14 +54,7 @@ pub(super) fn is_secret(kind: &DocumentKind, path: &FieldPath) -> bool {
             Step::Index(_) => pattern.push_str("[]"),
         }
     }
-    kind.secrets.iter().any(|secret| {
-        // What is below a secret is one; and so is what a secret is below, when it is no list or mapping that can be
-        // looked into: a value in the wrong place.
-        let below = |inner: &str, outer: &str| {
-            inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
-        };
-        below(&pattern, secret) || below(secret, &pattern)
-    })
+    document::is_secret(kind.secrets, &pattern)
 }
 
 /// A value as it may be shown.
@@ -152,6 +145,42 @@ pub(super) fn differences(
 /// The root stands for what is no field of the document.
 fn shown_at(kind: &DocumentKind, path: &FieldPath, value: &Value) -> Value {
     if path.steps().is_empty() { value.clone() } else { shown(kind, path, value) }
+}
+
+/// All secrets that a revision holds, as texts.
+pub(crate) fn secrets(kind: &DocumentKind, revision: &v1::ConfigRevision) -> Vec<String> {
+    let texts = [&revision.yaml].into_iter().chain(revision.overrides.iter().map(|one| &one.yaml));
+    let mut found = Vec::new();
+    for value in texts.filter_map(|yaml| raw(yaml)) {
+        let secret = leaves(&value).into_iter().filter(|(path, _)| is_secret(kind, path));
+        found.extend(secret.filter_map(|(_, value)| match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        }));
+    }
+    found
+}
+
+/// A text about a document without the secrets in it.
+pub(crate) fn hide_in(text: &str, secrets: &[String]) -> String {
+    /// Shorter ones are hidden only where they are quoted: else they could be a part of any word.
+    const SHORTEST: usize = 4;
+    let mut forms: Vec<(String, String)> = Vec::new();
+    for secret in secrets {
+        forms.extend(
+            ['"', '`', '\'']
+                .map(|quote| (format!("{quote}{secret}{quote}"), format!("{quote}{SECRET}{quote}"))),
+        );
+        // As Rust shows it.
+        forms.push((format!("{secret:?}"), format!("{SECRET:?}")));
+        if secret.len() >= SHORTEST {
+            forms.push((secret.clone(), SECRET.to_owned()));
+        }
+    }
+    // The longest first: one may be a part of another.
+    forms.sort_by_key(|(form, _)| std::cmp::Reverse(form.len()));
+    forms.iter().fold(text.to_owned(), |text, (form, shown)| text.replace(form, shown))
 }
 
 /// A revision without its secrets.

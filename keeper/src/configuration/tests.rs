@@ -255,14 +255,14 @@ fn differences_are_by_field_and_keep_secrets() {
             "webhook.presence - false",
             "webhook.secret - \"(secret)\"",
             "webhook.timeout_ms - 10000",
-            "webhook.url - \"http://x\"",
+            "webhook.url - \"(secret)\"",
             "overrides.edge for \"pool=edge\" \"pool=rim\"",
             "overrides.edge.anonymous_devices - true",
             "overrides.edge.api_keys[0].key - \"(secret)\"",
             "overrides.edge.api_keys[0].name - \"e\"",
             "webhook null -",
             "overrides.edge.webhook.secret \"(secret)\" -",
-            "overrides.edge.webhook.url \"http://e\" -",
+            "overrides.edge.webhook.url \"(secret)\" -",
         ]
     );
     for one in [fields::redacted(&kind, old), fields::redacted(&kind, new)] {
