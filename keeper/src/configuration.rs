@@ -10,6 +10,7 @@ mod path;
 mod releases;
 mod sets;
 mod standings;
+mod transitions;
 mod variants;
 
 use carillon_agent::document::{DocumentKind, Violation};

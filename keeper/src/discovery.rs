@@ -25,6 +25,8 @@ const FORWARD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 const LOADS_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(1);
 /// Most documents that one report tells of.
 const MAX_REPORTS: usize = 256;
+/// What is kept of why a process refuses a document, bytes.
+const MAX_REFUSAL_BYTES: usize = 4096;
 /// Most numbers in a report of load …
 const MAX_LOADS: usize = 32;
 /// … and the longest name of one, bytes.
@@ -133,6 +135,7 @@ impl Core {
         keys::check_instance(&instance.id)
             .map_err(|what| Status::invalid_argument(format!("instance id {:?} {what}", instance.id)))?;
         caller.check_instance(&instance)?;
+        instance.registered_by = caller.registers_as();
         if instance.encoded_len() > MAX_INSTANCE_BYTES {
             return Err(Status::invalid_argument(format!(
                 "the record is larger than {MAX_INSTANCE_BYTES} bytes"
@@ -253,7 +256,11 @@ impl Core {
                 continue;
             }
             let mut applied = applied.clone();
-            truncate(&mut applied.refusal, 4096);
+            // Everyone may read it, and processes of other versions may say what this one would not.
+            let (document, revision) = (applied.document.clone(), applied.refused_revision);
+            truncate(&mut applied.refusal, 16 * MAX_REFUSAL_BYTES);
+            self.hide_told_secrets(kind, &document, revision, &mut applied.refusal)?;
+            truncate(&mut applied.refusal, MAX_REFUSAL_BYTES);
             then.push(put(&keys::applied(&applied.instance, &applied.document), &applied, request.lease));
         }
         if request.lease == 0 {

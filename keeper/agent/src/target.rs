@@ -135,6 +135,12 @@ impl Process {
         self.0.insert(id.to_owned(), Facets { roles: roles.to_vec(), labels });
     }
 
+    /// So many instances.
+    #[allow(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub fn add_instance(&mut self, instance: &Instance) {
         let roles: Vec<String> = instance.roles.iter().map(ToString::to_string).collect();
         self.add(&instance.id, &roles, instance.labels.clone());

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use carillon_agent::document::{DocumentKind, Violation};
 use carillon_agent::keys;
-use carillon_agent::layers;
 use carillon_proto::v1;
 use tonic::Status;
 
-use super::variants::{Variant, check_overrides, variants};
+use super::transitions::{Transition, for_processes, transitions};
+use super::variants::{check_overrides, variants};
 use super::{Draft, MAX_DOCUMENT_BYTES, Refusal};
 use crate::core::Core;
 
@@ -36,24 +36,36 @@ impl Core {
             Some(_) => self.others(kind, document)?,
             None => Vec::new(),
         };
-        let mut violations = Vec::new();
-        for variant in variants(&draft.yaml, &draft.overrides)? {
-            let mut found = match (kind.check)(name, &variant.yaml) {
-                Ok(_) => Vec::new(),
-                Err(found) => found,
-            };
-            if found.is_empty() {
-                found.extend(current.map_or_else(
-                    || Ok(Vec::new()),
-                    |current| follows(kind, name, current, &variant, back),
-                )?);
-                for others in &others {
-                    let among = name.map(|name| (kind.check_among)(name, &variant.yaml, others));
-                    found.extend(among.unwrap_or_default());
-                }
+        let processes = self.processes_of_several()?;
+        let mut all = variants(&draft.yaml, &draft.overrides)?;
+        for variant in for_processes(document, draft, &processes)? {
+            if !all.contains(&variant) {
+                all.push(variant);
             }
+        }
+        let mut violations = Vec::new();
+        for variant in all {
+            let found = match ((kind.check)(name, &variant.yaml), name) {
+                (Err(found), _) => found,
+                (Ok(_), Some(name)) => {
+                    others.iter().flat_map(|others| (kind.check_among)(name, &variant.yaml, others)).collect()
+                }
+                (Ok(_), None) => Vec::new(),
+            };
             for violation in found {
                 let violation = variant.tell(violation);
+                if !violations.contains(&violation) {
+                    violations.push(violation);
+                }
+            }
+        }
+        if !violations.is_empty() {
+            return Err(Refusal::Violations(violations));
+        }
+        let changes = current.map(|current| transitions(current, draft, &processes)).transpose()?;
+        for change in changes.unwrap_or_default() {
+            for violation in follows(kind, name, &change, back) {
+                let violation = change.tell(violation);
                 if !violations.contains(&violation) {
                     violations.push(violation);
                 }
@@ -91,26 +103,18 @@ impl Core {
 }
 
 /// May this follow what the same processes have now?
-fn follows(
-    kind: &DocumentKind,
-    name: Option<&str>,
-    current: &v1::ConfigRevision,
-    variant: &Variant,
-    back: bool,
-) -> Result<Vec<Violation>, Violation> {
-    let same = current.overrides.iter().filter(|one| variant.overrides.contains(&one.name));
-    let present = layers::merged(&current.yaml, same.map(|one| one.yaml.as_str()))?;
-    let mut found = (kind.check_change)(name, &present, &variant.yaml);
+fn follows(kind: &DocumentKind, name: Option<&str>, change: &Transition, back: bool) -> Vec<Violation> {
+    let (before, after) = (&change.before.yaml, &change.after.yaml);
+    let mut found = (kind.check_change)(name, before, after);
     if back {
-        let no_return =
-            (kind.check_change)(name, &variant.yaml, &present).into_iter().map(|mut violation| {
-                violation.message = format!(
-                    "could not be taken back, so it cannot be released to some first: {}",
-                    violation.message
-                );
-                violation
-            });
+        let no_return = (kind.check_change)(name, after, before).into_iter().map(|mut violation| {
+            violation.message = format!(
+                "could not be taken back, so it cannot be released to some first: {}",
+                violation.message
+            );
+            violation
+        });
         found.extend(no_return);
     }
-    Ok(found)
+    found
 }

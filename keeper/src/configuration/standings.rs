@@ -17,17 +17,18 @@ pub(super) struct Reader {
     pub process: Process,
 }
 
-/// Groups instances by process.
+/// Groups instances by process: those that say so, as far as it was the same certificate that said it.
 fn readers(records: Vec<v1::InstanceRecord>) -> Vec<Reader> {
-    let mut processes: BTreeMap<u64, Process> = BTreeMap::new();
+    let mut processes: BTreeMap<(u64, String), Process> = BTreeMap::new();
+    let same = |record: &v1::InstanceRecord| (record.process, record.registered_by.clone());
     let add = |process: &mut Process, record: &v1::InstanceRecord| {
         process.add(&record.id, &record.roles, record.labels.clone().into_iter().collect());
     };
     for record in records.iter().filter(|record| record.process != 0) {
-        add(processes.entry(record.process).or_default(), record);
+        add(processes.entry(same(record)).or_default(), record);
     }
     let reader = |record: v1::InstanceRecord| {
-        let process = processes.get(&record.process).cloned().unwrap_or_else(|| {
+        let process = processes.get(&same(&record)).cloned().unwrap_or_else(|| {
             let mut alone = Process::default();
             add(&mut alone, &record);
             alone
@@ -101,6 +102,17 @@ impl Core {
             releases: self.records(keys::RELEASES)?,
             applied: applied.map(|one| ((one.instance.clone(), one.document.clone()), one)).collect(),
         })
+    }
+
+    /// The live processes that are several instances, each once.
+    pub(super) fn processes_of_several(&self) -> Result<Vec<Process>, Status> {
+        let (mut several, mut seen) = (Vec::new(), BTreeSet::new());
+        for Reader { record, process } in readers(self.records(keys::INSTANCES)?.into_values().collect()) {
+            if process.len() > 1 && seen.insert((record.process, record.registered_by)) {
+                several.push(process);
+            }
+        }
+        Ok(several)
     }
 
     /// An instance that is alive.

@@ -17,7 +17,7 @@ const MAX_VARIANTS: usize = 256;
 const MAX_NAME_BYTES: usize = 64;
 
 /// What the document is for processes that these overrides apply to, and no others.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Variant {
     pub overrides: Vec<String>,
     pub yaml: String,
@@ -80,10 +80,9 @@ impl Joint {
     }
 }
 
-/// All that a document may come to: first itself alone.
-pub(super) fn variants(yaml: &str, overrides: &[v1::ConfigOverride]) -> Result<Vec<Variant>, Violation> {
-    let targets: Vec<Target> =
-        overrides.iter().map(|one| one.target.as_ref().map(Target::from).unwrap_or_default()).collect();
+/// Which of these targets one instance can be meant by together, as places in the list: first none. None: in more than
+/// `most` ways.
+pub(super) fn sets(targets: &[Target], most: usize) -> Option<Vec<Vec<usize>>> {
     let mut sets: Vec<(Vec<usize>, Joint)> = vec![(Vec::new(), Joint::default())];
     for (i, target) in targets.iter().enumerate() {
         let with: Vec<_> = sets
@@ -92,23 +91,33 @@ pub(super) fn variants(yaml: &str, overrides: &[v1::ConfigOverride]) -> Result<V
             .collect();
         sets.extend(with);
         // Sets that nobody can have are counted, too: the bound is on the work.
-        if sets.len() > MAX_VARIANTS {
-            let text = format!(
-                "these overrides can go together in more than {MAX_VARIANTS} ways: let fewer of them be for the same processes"
-            );
-            return Err(Violation::new("overrides", text));
+        if sets.len() > most {
+            return None;
         }
     }
     let possible = sets.into_iter().filter(|(set, joint)| {
         let mut others = targets.iter().enumerate().filter(|(i, _)| !set.contains(i));
         !others.any(|(_, target)| joint.implies(target))
     });
+    Some(possible.map(|(set, _)| set).collect())
+}
+
+/// All that a document may come to: first itself alone.
+pub(super) fn variants(yaml: &str, overrides: &[v1::ConfigOverride]) -> Result<Vec<Variant>, Violation> {
+    let targets: Vec<Target> =
+        overrides.iter().map(|one| one.target.as_ref().map(Target::from).unwrap_or_default()).collect();
+    let sets = sets(&targets, MAX_VARIANTS).ok_or_else(|| {
+        let text = format!(
+            "these overrides can go together in more than {MAX_VARIANTS} ways: let fewer of them be for the same processes"
+        );
+        Violation::new("overrides", text)
+    })?;
     let variant = |set: Vec<usize>| {
         let chosen = set.iter().map(|&i| &overrides[i]);
         let yaml = layers::merged(yaml, chosen.clone().map(|one| one.yaml.as_str()))?.into_owned();
         Ok(Variant { overrides: chosen.map(|one| one.name.clone()).collect(), yaml })
     };
-    possible.map(|(set, _)| variant(set)).collect()
+    sets.into_iter().map(variant).collect()
 }
 
 /// Is each override well formed by itself?
