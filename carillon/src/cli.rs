@@ -157,7 +157,7 @@ pub fn print<T: Serialize>(
 
 /// The backend that the flags, the environment and the data directory speak of, in this order.
 fn backend(args: &ClientArgs) -> Result<Backend, CliError> {
-    let left = left_behind(&args.data_dir);
+    let left = left_behind(&args.people.data_dir);
     let endpoint = endpoint(args, left.as_ref());
     let key = match (&args.api_key, &left) {
         (Some(key), _) => key.clone(),

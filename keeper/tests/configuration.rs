@@ -210,7 +210,7 @@ async fn a_revision_goes_to_some_first_then_to_all_or_back() {
             Change::RemoveOverride(_) => "there is no override \"none\"; there is none",
             _ => {
                 "revision 2 of gate is being released to instance gw-1, by ann: first promote it to all (carillon config \
-                 promote gate) or take it back (carillon config abandon gate)"
+                 promote gate --revision 2) or take it back (carillon config abandon gate --revision 2)"
             }
         };
         assert_eq!(said, expected, "{change:?}");
@@ -219,7 +219,7 @@ async fn a_revision_goes_to_some_first_then_to_all_or_back() {
 
     // To others: who is not among them goes back.
     let edge = ReleaseAction::Target(to(&[], &[("pool", "edge")]));
-    let done = admin.release("gate", edge, Some(2), "bob", "the edge is better").await.unwrap();
+    let done = admin.release("gate", edge, 2, "bob", "the edge is better").await.unwrap();
     assert_eq!(done.matched, ["gw-2"]);
     settled(&admin).await;
     assert_eq!(highs(&all), [20, 20, 30]);
@@ -228,12 +228,15 @@ async fn a_revision_goes_to_some_first_then_to_all_or_back() {
     assert_eq!(late.gate.borrow().high, 30);
     late.agent.stop().await;
 
-    let other = admin.release("gate", ReleaseAction::Promote, Some(9), "bob", "").await.unwrap_err();
+    let other = admin.release("gate", ReleaseAction::Promote, 9, "bob", "").await.unwrap_err();
     assert!(other.to_string().starts_with("gate is at revision 2 by now, not at 9"), "{other}");
-    admin.release("gate", ReleaseAction::Abandon, None, "bob", "too high").await.unwrap();
+    // Not whichever it happens to be.
+    let unsaid = admin.release("gate", ReleaseAction::Promote, 0, "bob", "").await.unwrap_err();
+    assert_eq!(unsaid.to_string(), "say which revision of gate is meant: 2 is being released");
+    admin.release("gate", ReleaseAction::Abandon, 2, "bob", "too high").await.unwrap();
     let standings = settled(&admin).await;
     assert_eq!((of(&standings), highs(&all)), (vec![(1, false); 3], vec![20, 20, 20]));
-    let nothing = admin.release("gate", ReleaseAction::Promote, None, "bob", "").await.unwrap_err();
+    let nothing = admin.release("gate", ReleaseAction::Promote, 2, "bob", "").await.unwrap_err();
     assert_eq!(nothing.to_string(), "nothing of gate is being released");
 
     // Its number is not used again; promoted, the next one keeps its own.
@@ -244,7 +247,7 @@ async fn a_revision_goes_to_some_first_then_to_all_or_back() {
     let chosen: Vec<&str> =
         standings.iter().filter(|one| one.by_release).map(|one| one.applied.instance.as_str()).collect();
     assert_eq!(published.matched, chosen, "the keeper and the agents mean the same ones");
-    admin.release("gate", ReleaseAction::Promote, None, "bob", "").await.unwrap();
+    admin.release("gate", ReleaseAction::Promote, 3, "bob", "").await.unwrap();
     let standings = settled(&admin).await;
     assert_eq!((of(&standings), highs(&all)), (vec![(3, false); 3], vec![50, 50, 50]));
 
@@ -314,7 +317,7 @@ async fn a_release_outlives_a_restart_and_makes_sense_or_is_refused() {
     let (keeper, admin) = start(directory.path()).await;
     let found = admin.releases().await.unwrap();
     assert_eq!((found.len(), found[0].candidate.revision, &found[0].target), (1, 2, &one()));
-    admin.release("gate", ReleaseAction::Promote, None, "ann", "").await.unwrap();
+    admin.release("gate", ReleaseAction::Promote, 2, "ann", "").await.unwrap();
     assert_eq!(admin.get("gate", None).await.unwrap().effective["high"], 30);
     keeper.stop().await;
 }
@@ -453,7 +456,7 @@ async fn it_is_known_who_has_what_and_who_refuses() {
     let why = refuses.applied.refused.clone().unwrap();
     assert_eq!(why, (2, "high: is more than this version can do".to_owned()));
     assert_eq!((new.gate.borrow().high, old.gate.borrow().high), (500, 50));
-    admin.release("gate", ReleaseAction::Abandon, None, "ann", "").await.unwrap();
+    admin.release("gate", ReleaseAction::Abandon, 2, "ann", "").await.unwrap();
     settled(&admin).await;
 
     // An instance that reads a document and has not said anything about it lags.
@@ -655,8 +658,106 @@ async fn who_starts_without_a_keeper_has_what_was_meant_for_it() {
     let told: Vec<(u64, bool)> =
         standings.iter().map(|one| (one.applied.applied_revision, one.by_release)).collect();
     assert_eq!(told, [(2, false), (3, true), (2, false), (3, true)], "they tell what they started with");
-    admin.release("gate", ReleaseAction::Abandon, None, "ann", "").await.unwrap();
+    admin.release("gate", ReleaseAction::Abandon, 3, "ann", "").await.unwrap();
     settled(&admin).await;
     assert_eq!(has(&second)[1..], [(1, 20), (1, 8), (1, 8)], "and follow again");
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_override_is_taken_away_only_as_any_change_is_made() {
+    let directory = TempDir::new().unwrap();
+    let (keeper, admin) = start(directory.path()).await;
+    admin.set("gate", sets(&[("steps", "1")]), by("ann")).await.unwrap();
+    let edge = || to(&[], &[("pool", "edge")]);
+    over(&admin, "gate", "edge", edge(), &[("steps", "5")]).await;
+    let only_grows = "gate is refused: steps: only grows (without override edge)";
+    assert_eq!(refused(&admin, Change::RemoveOverride("edge".into()), by("bob")).await, only_grows);
+    // To give it to others is to take it from these.
+    let moved = Change::Override {
+        name: "edge".into(),
+        target: Some(to(&[], &[("pool", "core")])),
+        sets: Vec::new(),
+    };
+    assert_eq!(refused(&admin, moved, by("bob")).await, only_grows);
+    assert_eq!(refused(&admin, Change::RollbackTo(1), by("bob")).await, only_grows);
+    // Once all have come so far, it may go.
+    admin.set("gate", sets(&[("steps", "5")]), by("ann")).await.unwrap();
+    admin.publish_change("gate", Change::RemoveOverride("edge".into()), by("ann")).await.unwrap();
+    assert!(admin.get("gate", None).await.unwrap().revision.overrides.is_empty());
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_overrides_come_to_for_a_process_of_several_instances_is_checked() {
+    let directory = TempDir::new().unwrap();
+    let (keeper, admin) = start(directory.path()).await;
+    let both = process::<Gate>(&keeper, "gw", &[("pool", "edge")]).await;
+    let core = [("pool".to_owned(), "core".to_owned())].into();
+    both.agent.register(Instance { roles: vec![Role::Registry], labels: core, ..Instance::new("hub") });
+    let begun = Instant::now();
+    while settled(&admin).await.len() < 2 {
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    // No instance is in both pools, but this process is.
+    over(&admin, "gate", "edge", to(&[], &[("pool", "edge")]), &[("low", "9")]).await;
+    let high = || Change::Override {
+        name: "core".into(),
+        target: Some(to(&[], &[("pool", "core")])),
+        sets: sets(&[("high", "5")]),
+    };
+    let said = refused(&admin, high(), by("bob")).await;
+    assert_eq!(said, "gate is refused: low: is 9, more than high (with overrides edge and core)");
+    both.agent.stop().await;
+    let begun = Instant::now();
+    while !admin.live().await.unwrap().is_empty() {
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    admin.publish_change("gate", high(), by("bob")).await.unwrap();
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_release_grows_from_a_tenth_to_all() {
+    const AGENTS: usize = 60;
+    let directory = TempDir::new().unwrap();
+    let (keeper, admin) = start(directory.path()).await;
+    let mut all = Vec::new();
+    for i in 0..AGENTS {
+        let process = begin::<Gate>(Options::new(vec![keeper.endpoint()]), &format!("gw-{i}"), &[]);
+        all.push(process);
+    }
+    let begun = Instant::now();
+    while admin.live().await.unwrap().len() < AGENTS {
+        assert!(begun.elapsed() < PATIENCE, "not all are there");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    admin.set("gate", sets(&[("high", "20")]), by("ann")).await.unwrap();
+    let has = async || -> Vec<bool> {
+        settled(&admin).await;
+        all.iter().map(|process| process.gate.borrow().high == 30).collect()
+    };
+    assert!(has().await.iter().all(|has| !has));
+    let percent = |share: u32| Target { per_ten_thousand: Some(share * 100), ..Target::default() };
+    let mut before = vec![false; AGENTS];
+    for (share, expected) in [(10, 2..=11), (50, 22..=38), (100, AGENTS..=AGENTS)] {
+        let published = if share == 10 {
+            release(&admin, &[("high", "30")], percent(share)).await
+        } else {
+            admin.release("gate", ReleaseAction::Target(percent(share)), 2, "ann", "").await.unwrap()
+        };
+        let now = has().await;
+        let count = now.iter().filter(|has| **has).count();
+        assert!(expected.contains(&count), "{share} %: {count} of {AGENTS}");
+        assert_eq!((published.matched.len(), published.readers), (count, AGENTS as u32));
+        let lost = before.iter().zip(&now).filter(|(before, now)| **before && !**now).count();
+        assert_eq!(lost, 0, "{share} %: who had it keeps it");
+        before = now;
+    }
+    admin.release("gate", ReleaseAction::Promote, 2, "ann", "").await.unwrap();
+    assert!(has().await.iter().all(|has| *has));
+    for process in &all {
+        process.agent.stop().await;
+    }
     keeper.stop().await;
 }

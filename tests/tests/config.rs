@@ -237,7 +237,9 @@ async fn a_change_goes_to_one_of_three_gateways_then_to_all_or_back() {
     let said = config(&cluster, &["set", "gateway", "max_inflight=20"], 1).await;
     assert!(said.contains("revision 2 of gateway is being released to instance"), "{said}");
     assert!(
-        said.contains("(carillon config promote gateway) or take it back (carillon config abandon gateway)")
+        said.contains(
+            "(carillon config promote gateway --revision 2) or take it back (carillon config abandon"
+        )
     );
     let said = config(&cluster, &["get", "gateway"], 0).await;
     assert!(
@@ -297,6 +299,50 @@ async fn a_change_goes_to_one_of_three_gateways_then_to_all_or_back() {
 }
 
 #[tokio::test]
+async fn a_document_goes_to_one_role_then_to_another() {
+    let cluster = Cluster::start(2, "").await;
+    let key = "a-key-for-one-role";
+    // Gateways ask for a token then, and the center takes another key.
+    let fields =
+        ["set", "app/demo", "anonymous_devices=false", "api_keys[1]={name: new, key: a-key-for-one-role}"];
+    let said = config(&cluster, &[&fields[..], &["--role", "gateway"]].concat(), 0).await;
+    assert!(said.contains("is released to role gateway, 2 of the 3 live instances that read it"), "{said}");
+    let number = said.split_whitespace().nth(1).expect("its number").to_owned();
+
+    let becomes = async |anonymous: [bool; 2], takes_key: bool| {
+        eventually("each role has what is meant for it", || async {
+            let mut found = [false; 2];
+            for (gateway, found) in found.iter_mut().enumerate() {
+                let mut raw = Raw::connect(cluster.gateways[gateway].mqtt).await;
+                raw.send(&mqtt::connect(5, "nobody", 60)).await;
+                *found = matches!(raw.answer().await, Answer::Packet(0x20, body) if body[1] == 0);
+            }
+            let request = cluster.request(reqwest::Method::GET, "users/nobody");
+            let (client, request) = request.build_split();
+            let mut request = request.expect("a request");
+            request.headers_mut().insert("authorization", format!("Bearer {key}").parse().expect("a header"));
+            let answer = client.execute(request).await.map_err(|error| error.to_string())?;
+            let found = (found, answer.status().is_success());
+            if found == (anonymous, takes_key) { Ok(()) } else { Err(format!("{found:?}")) }
+        })
+        .await;
+    };
+    becomes([false, false], false).await;
+    let said = config(&cluster, &["status", "app/demo", "--wait", "15"], 0).await;
+    assert_eq!(said.matches("being released to it").count(), 2, "{said}");
+
+    let said = config(&cluster, &["release", "app/demo", "--role", "center"], 0).await;
+    // Which one it is about is said, and can be said.
+    assert!(said.contains(&format!("revision {number} of app/demo, by ")), "{said}");
+    assert!(said.contains(&format!("carillon config promote app/demo --revision {number}")), "{said}");
+    becomes([true, true], true).await;
+    config(&cluster, &["promote", "app/demo", "--revision", &number], 0).await;
+    becomes([false, false], true).await;
+    let said = config(&cluster, &["promote", "app/demo"], 1).await;
+    assert!(said.contains("nothing of app/demo is being released"), "{said}");
+}
+
+#[tokio::test]
 async fn a_pool_differs_for_good() {
     let edge: &[&str] = &["--pool", "edge"];
     let cluster = Cluster::start_with(&[edge, &["--label", "zone=b"], &["--pool", "core"]], "").await;
@@ -353,8 +399,21 @@ async fn keys_are_shown_to_nobody_who_looks_at_changes() {
     let mut said =
         server.cli(&["config", "set", "app/demo", "api_keys[1].key=hunter-key-number-3", "--dry-run"]).await;
     assert!(said.contains("~ api_keys[1].key: \"(secret)\" -> \"(another secret)\""), "{said}");
+    // With all that a machine is told: the other keys are in the same document.
+    for more in [&["--dry-run"][..], &[]] {
+        let change = ["config", "set", "app/demo", "limits.push_rate_per_second=9", "--output", "json"];
+        said.push_str(&server.cli(&[&change[..], more].concat()).await);
+    }
+    let url = ["config", "set", "app/demo", "webhook={url: 'https://me:hunter-4@example.com/'}"];
+    server.cli(&url).await;
+    let wrong = server.cli_output(&["config", "set", "app/demo", "api_keys=hunter-5"]).await;
+    let wrong = String::from_utf8(wrong.stderr).unwrap();
+    assert!(wrong.contains("api_keys: invalid type: (secret), expected a sequence"), "{wrong}");
+    said.push_str(&wrong);
     for output in ["text", "json"] {
-        for command in [&["history", "app/demo"][..], &["diff", "app/demo"], &["explain", "app/demo"]] {
+        for command in
+            [&["history", "app/demo"][..], &["diff", "app/demo", "2", "3"], &["explain", "app/demo"]]
+        {
             said.push_str(&server.cli(&[&["config"], command, &["--output", output]].concat()).await);
         }
     }
@@ -362,4 +421,6 @@ async fn keys_are_shown_to_nobody_who_looks_at_changes() {
     let explained = server.cli(&["config", "explain", "app/demo.api_keys[1].key"]).await;
     assert!(explained.starts_with("app/demo.api_keys[1].key = \"(secret)\"\n"), "{explained}");
     assert!(explained.contains("from the document, since revision 3 by"), "{explained}");
+    let explained = server.cli(&["config", "explain", "app/demo.webhook.url"]).await;
+    assert!(explained.starts_with("app/demo.webhook.url = \"(secret)\"\n"), "{explained}");
 }

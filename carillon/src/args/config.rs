@@ -122,6 +122,9 @@ pub enum ConfigCommand {
     /// Have the revision that is being released in force for other processes from now on
     Release {
         document: String,
+        /// Only if it is this revision that is being released [default: the one that is, when this is read]
+        #[arg(long)]
+        revision: Option<u64>,
         /// Why, for the history
         #[arg(long, default_value = "")]
         comment: String,
@@ -201,7 +204,7 @@ pub enum ConfigCommand {
 #[derive(Debug, Clone, Args)]
 pub struct DecideArgs {
     pub document: String,
-    /// Only if it is this revision that is being released
+    /// Only if it is this revision that is being released [default: the one that is, when this is read]
     #[arg(long)]
     pub revision: Option<u64>,
     /// Why, for the history

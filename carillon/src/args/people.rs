@@ -8,6 +8,20 @@ use clap::{Args, ValueHint};
 
 use super::{DEFAULT_DATA_DIR, KeeperAccessArgs, OutputFormat, keeper_url};
 
+/// What every command for people has that talks to somebody.
+#[derive(Debug, Clone, Args)]
+pub struct PeopleArgs {
+    /// Where `carillon dev` keeps its data
+    #[arg(
+        long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath,
+        help_heading = "Connection"
+    )]
+    pub data_dir: PathBuf,
+    /// How results are printed
+    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text, help_heading = "Connection")]
+    pub output: OutputFormat,
+}
+
 /// Whom to talk to, and how to answer.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
@@ -26,15 +40,8 @@ pub struct ClientArgs {
         help_heading = "Connection"
     )]
     pub api_key: Option<String>,
-    /// Where `carillon dev` keeps its data
-    #[arg(
-        long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath,
-        help_heading = "Connection"
-    )]
-    pub data_dir: PathBuf,
-    /// How results are printed
-    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text, help_heading = "Connection")]
-    pub output: OutputFormat,
+    #[command(flatten)]
+    pub people: PeopleArgs,
 }
 
 #[derive(Debug, Args)]
@@ -265,13 +272,6 @@ pub struct KeeperClientArgs {
     pub keeper: Vec<String>,
     #[command(flatten)]
     pub access: KeeperAccessArgs,
-    /// Where `carillon dev` keeps its data
-    #[arg(
-        long, env = "CARILLON_DATA_DIR", default_value = DEFAULT_DATA_DIR, value_hint = ValueHint::DirPath,
-        help_heading = "Connection"
-    )]
-    pub data_dir: PathBuf,
-    /// How results are printed
-    #[arg(long, env = "CARILLON_OUTPUT", value_enum, default_value_t = OutputFormat::Text, help_heading = "Connection")]
-    pub output: OutputFormat,
+    #[command(flatten)]
+    pub people: PeopleArgs,
 }

@@ -22,7 +22,7 @@ pub async fn run(args: BroadcastArgs) -> Result<(), CliError> {
     let job = backend.broadcast(&request).await?;
     let job = if args.detach { job } else { follow(&backend, job).await? };
     let failed = matches!(job.state, BroadcastState::Cancelled | BroadcastState::Interrupted);
-    print(args.client.output, &job, |job| {
+    print(args.client.people.output, &job, |job| {
         let sent = format!("{} of {} devices", job.done, job.total);
         match job.state {
             BroadcastState::Finished => format!("finished: sent to {sent}, id {}", job.id),

@@ -21,7 +21,7 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
     match command {
         ConfigCommand::Get { document: Some(document), revision, raw, keeper } => {
             let found = admin(&keeper)?.get(&document, revision).await?;
-            print(keeper.output, &found, |found| {
+            print(keeper.people.output, &found, |found| {
                 if raw { found.revision.yaml.trim_end().to_owned() } else { got(found) }
             })
         }
@@ -67,22 +67,22 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
                 ChangeOptions { author: author(), comment, expected_revision: None, dry_run, release_to };
             publish(&document, Change::RollbackTo(revision), options, &keeper).await
         }
-        ConfigCommand::Release { document, comment, target, keeper } => {
+        ConfigCommand::Release { document, revision, comment, target, keeper } => {
             let target = target.target().ok_or_else(|| {
                 CliError::Usage("say to whom: --percent, --instance, --role, --label or --pool".to_owned())
             })?;
-            let admin = admin(&keeper)?;
+            let action = ReleaseAction::Target(target);
             let done =
-                admin.release(&document, ReleaseAction::Target(target), None, &author(), &comment).await?;
-            print(keeper.output, &done, released)
+                decide(action, &DecideArgs { document, revision, comment, keeper: keeper.clone() }).await?;
+            print(keeper.people.output, &done, released)
         }
         ConfigCommand::Promote(args) => {
             let done = decide(ReleaseAction::Promote, &args).await?;
-            print(args.keeper.output, &done, |done| accepted(&done.revision))
+            print(args.keeper.people.output, &done, |done| accepted(&done.revision))
         }
         ConfigCommand::Abandon(args) => {
             let done = decide(ReleaseAction::Abandon, &args).await?;
-            print(args.keeper.output, &done, |done| {
+            print(args.keeper.people.output, &done, |done| {
                 let revision = &done.revision;
                 format!(
                     "revision {} of {} is taken back; running processes follow",
@@ -92,7 +92,7 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
         }
         ConfigCommand::History { document, keeper } => {
             let history = admin(&keeper)?.history(&document, 0).await?;
-            print(keeper.output, &history, |history| match history.as_slice() {
+            print(keeper.people.output, &history, |history| match history.as_slice() {
                 [] => format!("{document} was never changed"),
                 all => all.iter().map(past).collect::<Vec<_>>().join("\n"),
             })
@@ -100,16 +100,16 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
         ConfigCommand::Diff { document, from, to, keeper } => {
             let (from, to, differences) = admin(&keeper)?.diff(&document, from, to).await?;
             let value = json!({ "document": document, "from": from, "to": to, "differences": differences });
-            print(keeper.output, &value, |_| match differences.as_slice() {
+            print(keeper.people.output, &value, |_| match differences.as_slice() {
                 [] => format!("# {document}: revisions {from} and {to} do not differ"),
                 all => format!("# {document}, revision {from} to {to}\n{}", differing(all)),
             })
         }
         ConfigCommand::Explain { field, instance, keeper } => {
-            explaining::run(&admin(&keeper)?, &field, instance.as_deref(), keeper.output).await
+            explaining::run(&admin(&keeper)?, &field, instance.as_deref(), keeper.people.output).await
         }
         ConfigCommand::Status { document, wait, keeper } => {
-            standings::run(&admin(&keeper)?, document.as_deref(), wait, keeper.output).await
+            standings::run(&admin(&keeper)?, document.as_deref(), wait, keeper.people.output).await
         }
         ConfigCommand::Schema { kind, keeper } => {
             let kinds = admin(&keeper)?.kinds().await?;
@@ -119,7 +119,7 @@ pub async fn run(command: ConfigCommand) -> Result<(), CliError> {
                     "there is no kind of document {kind:?}; there are: {known}"
                 )));
             };
-            print(keeper.output, &found.schema, |schema| format!("{schema:#}"))
+            print(keeper.people.output, &found.schema, |schema| format!("{schema:#}"))
         }
     }
 }
@@ -132,7 +132,7 @@ async fn publish(
 ) -> Result<(), CliError> {
     let (dry_run, to_some) = (options.dry_run, options.release_to.is_some());
     let published = admin(keeper)?.publish_change(document, change, options).await?;
-    print(keeper.output, &published, |published| match (dry_run, to_some) {
+    print(keeper.people.output, &published, |published| match (dry_run, to_some) {
         (false, false) => accepted(&published.revision),
         (false, true) => released(published),
         (true, to_some) => {
@@ -147,7 +147,28 @@ async fn publish(
 }
 
 async fn decide(action: ReleaseAction, args: &DecideArgs) -> Result<Published, CliError> {
-    Ok(admin(&args.keeper)?.release(&args.document, action, args.revision, &author(), &args.comment).await?)
+    let admin = admin(&args.keeper)?;
+    let revision = match args.revision {
+        Some(revision) => revision,
+        None => released_now(&admin, &args.document).await?,
+    };
+    Ok(admin.release(&args.document, action, revision, &author(), &args.comment).await?)
+}
+
+/// The revision that is being released. It is shown: whoever decides about it is to see which one it is, and if another one
+/// takes its place meanwhile, the decision is not about that.
+async fn released_now(admin: &Admin, document: &str) -> Result<u64, CliError> {
+    let releases = admin.releases().await?;
+    let Some(release) = releases.iter().find(|release| release.candidate.document == document) else {
+        return Err(CliError::Failed(format!("nothing of {document} is being released")));
+    };
+    let (candidate, target) = (&release.candidate, &release.target);
+    let (number, time) = (candidate.revision, rfc3339(candidate.time_ms));
+    eprintln!(
+        "revision {number} of {document}, by {} at {time}, is being released to {target}",
+        candidate.author
+    );
+    Ok(number)
 }
 
 /// A document for people: YAML, and as comments what is not in force for all.
@@ -188,8 +209,8 @@ fn released(published: &Published) -> String {
     let (document, number) = (&published.revision.document, published.revision.revision);
     let target = published.revision.steps.last().and_then(|step| step.target.clone()).unwrap_or_default();
     format!(
-        "revision {number} of {document} is released to {target}, {}\nthen: carillon config promote {document}, or carillon \
-         config abandon {document}",
+        "revision {number} of {document} is released to {target}, {}\nthen: carillon config promote {document} --revision \
+         {number}, or carillon config abandon {document} --revision {number}",
         meant(published)
     )
 }
@@ -233,14 +254,14 @@ pub async fn command(args: CommandArgs) -> Result<(), CliError> {
     let arguments = arguments.collect::<Result<_, CliError>>()?;
     let within = Duration::from_secs(args.within);
     let answer = admin(&args.keeper)?.command(&args.instance, &args.name, arguments, within).await?;
-    print(args.keeper.output, &answer, Clone::clone)
+    print(args.keeper.people.output, &answer, Clone::clone)
 }
 
 async fn list(keeper: &KeeperClientArgs) -> Result<(), CliError> {
     let admin = admin(keeper)?;
     let published = admin.list(None).await?;
     let (kinds, releases) = (admin.kinds().await?, admin.releases().await?);
-    print(keeper.output, &published, |published| {
+    print(keeper.people.output, &published, |published| {
         let mut lines: Vec<String> = published
             .iter()
             .map(|revision| format!("{:<24}  revision {}", revision.document, revision.revision))
@@ -299,12 +320,12 @@ pub(super) fn admin(args: &KeeperClientArgs) -> Result<Admin, CliError> {
     if !args.keeper.is_empty() {
         return Ok(Admin::secured(args.keeper.clone(), tls(args)?));
     }
-    match left_behind(&args.data_dir) {
+    match left_behind(&args.people.data_dir) {
         Some(left) => Ok(Admin::new(vec![left.keeper])),
         None => Err(CliError::Unreachable(format!(
             "no keeper is known: nothing was left in {}; run this where `carillon dev` runs, or say with --keeper \
              where it is",
-            args.data_dir.display()
+            args.people.data_dir.display()
         ))),
     }
 }

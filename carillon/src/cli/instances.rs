@@ -9,7 +9,7 @@ use crate::args::InstancesArgs;
 pub async fn run(args: InstancesArgs) -> Result<(), CliError> {
     let mut live = admin(&args.keeper)?.live().await?;
     live.retain(|one| args.role.is_none_or(|role| one.instance.roles.contains(&role)));
-    print(args.keeper.output, &live, |live| match live.as_slice() {
+    print(args.keeper.people.output, &live, |live| match live.as_slice() {
         [] => "no instance is alive".to_owned(),
         live => live.iter().map(line).collect::<Vec<_>>().join("\n"),
     })

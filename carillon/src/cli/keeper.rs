@@ -49,7 +49,7 @@ async fn status(keeper: &KeeperClientArgs) -> Result<(), CliError> {
         }
     });
     let reported = futures::future::join_all(asked).await;
-    print(keeper.output, &reported, |reported| {
+    print(keeper.people.output, &reported, |reported| {
         let mut lines = Vec::new();
         if let Some(status) = reported.iter().find_map(|one| one.status.as_ref()) {
             lines.push(format!("cluster   {}", status.cluster_id));
@@ -109,7 +109,7 @@ async fn member(command: MemberCommand) -> Result<(), CliError> {
     match command {
         MemberCommand::List { keeper } => {
             let members = admin(&keeper)?.members().await?;
-            print(keeper.output, &members, |members| {
+            print(keeper.people.output, &members, |members| {
                 let line = |member: &Member| {
                     let heard = match member.heard_ms {
                         Some(0) => "here".to_owned(),
@@ -124,17 +124,17 @@ async fn member(command: MemberCommand) -> Result<(), CliError> {
         }
         MemberCommand::Add { address, keeper } => {
             let node = admin(&keeper)?.add_member(&address).await?;
-            print(keeper.output, &node, |node| {
+            print(keeper.people.output, &node, |node| {
                 format!("keeper {node} at {address} is taken in; it gets a vote when it has caught up")
             })
         }
         MemberCommand::Remove { node, keeper } => {
             admin(&keeper)?.remove_member(node).await?;
-            print(keeper.output, &format!("{node:016x}"), |node| format!("keeper {node} is taken out"))
+            print(keeper.people.output, &format!("{node:016x}"), |node| format!("keeper {node} is taken out"))
         }
         MemberCommand::Transfer { node, keeper } => {
             let leader = admin(&keeper)?.transfer_lead(node).await?;
-            print(keeper.output, &leader, |leader| format!("keeper {leader} leads"))
+            print(keeper.people.output, &leader, |leader| format!("keeper {leader} leads"))
         }
     }
 }
@@ -148,7 +148,7 @@ async fn snapshot(command: SnapshotCommand) -> Result<(), CliError> {
             let bytes = admin.save_snapshot().await?;
             save(&file, &bytes)?;
             let info = snapshot::inspect(&file).map_err(failed)?;
-            print(keeper.output, &info, |info| {
+            print(keeper.people.output, &info, |info| {
                 format!("cluster    {cluster}\n{}\nsaved to {}", describe(info), file.display())
             })
         }

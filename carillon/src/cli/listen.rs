@@ -27,7 +27,7 @@ struct Line<'a> {
 }
 
 pub async fn run(args: ListenArgs) -> Result<(), CliError> {
-    let left = left_behind(&args.client.data_dir);
+    let left = left_behind(&args.client.people.data_dir);
     let endpoint = endpoint(&args.client, left.as_ref());
     let mut options =
         DeviceOptions::new(&args.client.app, &args.user).session_expiry_seconds(args.session_expiry);
@@ -71,7 +71,7 @@ async fn receive(device: &mut Device, args: &ListenArgs, endpoint: &str) -> Resu
         };
         match event {
             Some(Event::Message(message)) => {
-                show(args.client.output, &message)?;
+                show(args.client.people.output, &message)?;
                 messages += 1;
                 if args.count == Some(messages) {
                     return Ok(());

@@ -26,7 +26,7 @@ pub async fn drain(args: DrainArgs) -> Result<(), CliError> {
     }
     if args.status {
         let status = status(&admin, &args.instance).await?;
-        return print(args.keeper.output, &status, describe);
+        return print(args.keeper.people.output, &status, describe);
     }
     let mut arguments = BTreeMap::new();
     insert(&mut arguments, "rate_per_second", args.rate);
@@ -67,18 +67,18 @@ async fn begin(
     let mut interrupts = signal(SignalKind::interrupt())?;
     let begun = admin.command(instance, name, arguments, ANSWER_WITHIN).await?;
     if detach {
-        return print(keeper.output, &begun, Clone::clone);
+        return print(keeper.people.output, &begun, Clone::clone);
     }
     eprintln!("{begun}; Ctrl-C aborts it");
     let status = follow(admin, instance, &mut interrupts).await?;
     let aborted = status.moving.as_ref().is_some_and(|moving| moving.aborted);
-    print(keeper.output, &status, describe)?;
+    print(keeper.people.output, &status, describe)?;
     if aborted { Err(CliError::Failed(format!("the {name} was aborted"))) } else { Ok(()) }
 }
 
 async fn abort(admin: &Admin, instance: &str, keeper: &KeeperClientArgs) -> Result<(), CliError> {
     let said = admin.command(instance, "drain-abort", BTreeMap::new(), ANSWER_WITHIN).await?;
-    print(keeper.output, &said, Clone::clone)
+    print(keeper.people.output, &said, Clone::clone)
 }
 
 async fn status(admin: &Admin, instance: &str) -> Result<Status, CliError> {

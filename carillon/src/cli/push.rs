@@ -19,7 +19,7 @@ pub async fn run(args: PushArgs) -> Result<(), CliError> {
         _ => None,
     };
     let pushed = backend.push(&to, &message).await?;
-    print(args.client.output, &pushed, |pushed| {
+    print(args.client.people.output, &pushed, |pushed| {
         let again = if pushed.duplicate { " (it was there already)" } else { "" };
         format!("accepted as {} number {}, id {}{again}", pushed.topic, pushed.seq, pushed.id)
     })

@@ -10,11 +10,11 @@ pub async fn run(args: StatusArgs) -> Result<(), CliError> {
     match &args.user {
         Some(user) => {
             let status = backend.user(user).await?;
-            print(args.client.output, &status, |status| describe(user, status))
+            print(args.client.people.output, &status, |status| describe(user, status))
         }
         None => {
             let overview = backend.overview().await?;
-            print(args.client.output, &overview, |overview| {
+            print(args.client.people.output, &overview, |overview| {
                 let rate = |rate: Option<f64>| rate.map(|rate| format!(" ({rate:.0}/s)")).unwrap_or_default();
                 let mut text = format!(
                     "app          {}\nconnections  {}\ndelivered    {}{}\npublished    {}{}\ndropped      {}",
@@ -59,7 +59,7 @@ fn describe(user: &str, status: &User) -> String {
 
 pub async fn kick(args: KickArgs) -> Result<(), CliError> {
     let kicked = backend(&args.client)?.kick(&args.user).await?;
-    print(args.client.output, &kicked, |kicked| match kicked.kicked {
+    print(args.client.people.output, &kicked, |kicked| match kicked.kicked {
         0 => format!("{} was not connected", args.user),
         1 => format!("1 connection of {} was closed", args.user),
         n => format!("{n} connections of {} were closed", args.user),
@@ -68,7 +68,7 @@ pub async fn kick(args: KickArgs) -> Result<(), CliError> {
 
 pub async fn revoke(args: RevokeArgs) -> Result<(), CliError> {
     let revoked = backend(&args.client)?.revoke(&args.user).await?;
-    print(args.client.output, &revoked, |_| {
+    print(args.client.people.output, &revoked, |_| {
         format!("tokens of {} issued up to now are refused; gateways follow within seconds", args.user)
     })
 }

@@ -76,8 +76,8 @@ pub(super) fn while_released(
     }
     let document = &request.document;
     Err(Status::failed_precondition(format!(
-        "revision {} of {document} is being released to {target}, by {}: first promote it to all (carillon config promote \
-         {document}) or take it back (carillon config abandon {document})",
+        "revision {0} of {document} is being released to {target}, by {1}: first promote it to all (carillon config promote \
+         {document} --revision {0}) or take it back (carillon config abandon {document} --revision {0})",
         candidate.revision,
         if candidate.author.is_empty() { "somebody" } else { &candidate.author },
     )))
@@ -136,7 +136,13 @@ impl Core {
             return Err(Status::not_found(format!("nothing of {document} is being released")));
         };
         let mut candidate = release.candidate.take().unwrap_or_default();
-        if request.expected_revision != 0 && request.expected_revision != candidate.revision {
+        if request.expected_revision == 0 {
+            return Err(Status::invalid_argument(format!(
+                "say which revision of {document} is meant: {} is being released",
+                candidate.revision
+            )));
+        }
+        if request.expected_revision != candidate.revision {
             let outcome = Some(Outcome::Conflict(candidate.revision));
             return Ok(Some(v1::ReleaseConfigResponse { outcome, ..Default::default() }));
         }

@@ -287,12 +287,12 @@ impl Admin {
         }
     }
 
-    /// Decides what becomes of the revision that is being released; `expected`: only of this one.
+    /// Decides what becomes of the revision that is being released, if it is still this one.
     pub async fn release(
         &self,
         document: &str,
         action: ReleaseAction,
-        expected: Option<u64>,
+        expected: u64,
         author: &str,
         comment: &str,
     ) -> Result<Published, AdminError> {
@@ -306,7 +306,7 @@ impl Admin {
         let request = v1::ReleaseConfigRequest {
             document: document.to_owned(),
             action: Some(action),
-            expected_revision: expected.unwrap_or(0),
+            expected_revision: expected,
             author: author.to_owned(),
             comment: comment.to_owned(),
         };
@@ -319,11 +319,9 @@ impl Admin {
                 matched: answer.matched,
                 readers: answer.readers,
             }),
-            Some(Outcome::Conflict(current)) => Err(AdminError::Conflict {
-                document: document.to_owned(),
-                expected: expected.unwrap_or(0),
-                current,
-            }),
+            Some(Outcome::Conflict(current)) => {
+                Err(AdminError::Conflict { document: document.to_owned(), expected, current })
+            }
             None => Err(AdminError::Other("its answer is empty".to_owned())),
         }
     }
