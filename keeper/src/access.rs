@@ -27,6 +27,7 @@ use tonic::{Request, Status};
 
 use crate::core::{Core, lease_gone};
 use crate::metrics::Metrics;
+use crate::origin::Origin;
 use crate::secured::Connection;
 use crate::seldom::Seldom;
 
@@ -139,6 +140,17 @@ impl Caller {
         Err(denied(subject, &format!("call {what}"), &format!("the role {}", roles.join(" or "))))
     }
 
+    /// Whose what it holds is: its certificate's, or where that names nobody, its address's.
+    pub(crate) fn counted_as(&self, address: Option<SocketAddr>) -> String {
+        let origin =
+            address.map_or_else(|| "somebody".to_owned(), |address| Origin::from(address).to_string());
+        match self {
+            Caller::Certified(subject) if subject.name.is_some() => subject.to_string(),
+            Caller::Certified(subject) => format!("{subject} at {origin}"),
+            Caller::Anyone | Caller::Nobody(_) => origin,
+        }
+    }
+
     /// May it read this key, or all keys that begin with it? A viewer sees of the keeper's own what holds no secrets.
     pub(crate) fn check_keys(&self, key: &str, prefix: bool) -> Result<(), Status> {
         let Some(subject) = self.subject()?.filter(|subject| subject.role == Viewer) else { return Ok(()) };
@@ -185,6 +197,14 @@ impl Caller {
                 &format!("a certificate of {needed}/{}, or of {needed}", record.id),
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Whose instances it registers; empty: there is no telling.
+    pub(crate) fn registers_as(&self) -> String {
+        match self {
+            Caller::Certified(subject) => subject.to_string(),
+            Caller::Anyone | Caller::Nobody(_) => String::new(),
         }
     }
 

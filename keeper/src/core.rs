@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::access::Protection;
+use crate::budget::Budget;
 use crate::disk::Disk;
 use crate::leases::Leases;
 use crate::metrics::Metrics;
@@ -28,6 +29,8 @@ pub struct Limits {
     pub transaction_ops: usize,
     /// Most watches at a time.
     pub watches: usize,
+    /// … of them of one caller: a certificate's name, or an address.
+    pub watches_per_caller: usize,
     /// Most commands to an instance that are neither answered nor past their deadline.
     pub open_commands: usize,
     /// How long an instance stays without a keep-alive, if it does not say.
@@ -53,6 +56,7 @@ impl Default for Limits {
             request_bytes: 1024 * 1024,
             transaction_ops: 128,
             watches: 20_000,
+            watches_per_caller: 2000,
             open_commands: 64,
             instance_ttl: Duration::from_secs(10),
             lease_grace: Duration::from_secs(3),
@@ -68,6 +72,8 @@ impl Default for Limits {
 pub(crate) struct Core {
     pub node: Node,
     pub kinds: Vec<DocumentKind>,
+    /// Those that are open.
+    pub watches: Budget,
     pub limits: Limits,
     pub leases: Leases,
     pub disk: Disk,

@@ -7,6 +7,7 @@
 
 mod access;
 mod blocking;
+mod budget;
 mod commands;
 mod configuration;
 mod core;
@@ -14,10 +15,12 @@ mod discovery;
 mod disk;
 mod home;
 mod identity;
+mod interests;
 mod joining;
 mod leases;
 mod membership;
 pub mod metrics;
+mod origin;
 mod peers;
 mod raft;
 mod secured;
@@ -48,6 +51,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpIncoming};
 
 use crate::access::{Gate, Protection};
+use crate::budget::Budget;
 use crate::core::Core;
 pub use crate::core::Limits;
 use crate::disk::Disk;
@@ -265,6 +269,7 @@ impl Keeper {
         let core = Arc::new(Core {
             node,
             kinds: options.kinds,
+            watches: Budget::new(options.limits.watches, options.limits.watches_per_caller),
             limits: options.limits,
             leases: Leases::default(),
             disk: Disk::new(options.data_dir),

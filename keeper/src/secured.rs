@@ -1,15 +1,18 @@
 //! Connections over TLS: both sides show a certificate, and none outlives the one that it was made with. What the caller's
 //! says of it is with every call.
 
+mod room;
+
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use carillon_agent::subject::{Subject, SubjectError};
-use carillon_agent::tls::{ALPN, Tls};
+use carillon_agent::tls::{ALPN, Loaded, Tls};
 use futures::Stream;
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
@@ -17,19 +20,19 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::SingleCertAndKey;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
 use crate::metrics::Metrics;
+use crate::origin::Origin;
 use crate::seldom::Seldom;
+use room::Room;
 
 /// A handshake that takes longer is given up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Handshakes at a time; further connections wait in the kernel.
-const HANDSHAKES: usize = 256;
 /// Whoever is refused has so long to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Before connections are accepted again when that has failed, for want of file descriptors mostly.
@@ -56,12 +59,14 @@ pub(crate) struct Secured {
 }
 
 impl Secured {
-    fn new(stream: TlsStream<TcpStream>, address: SocketAddr) -> Self {
+    /// `own`: whose certificate was shown to it.
+    fn new(stream: TlsStream<TcpStream>, address: SocketAddr, own: &Subject) -> Self {
         let (tcp, tls) = stream.get_ref();
         let tcp = TcpConnectInfo { local_addr: tcp.local_addr().ok(), remote_addr: Some(address) };
         let certificate = tls.peer_certificates().and_then(<[_]>::first);
         let subject = certificate.map_or(Err(SubjectError::NoRole), |der| Subject::of(der));
         let ends = subject.as_ref().map_or(i64::MAX, |subject| subject.not_after);
+        let subject = subject.and_then(|subject| own.check_cluster(&subject).map(|()| subject));
         let connection = Connection { subject: subject.map(Arc::new), tcp };
         let wait = Box::pin(sleep(left(ends).min(LONGEST_WAIT)));
         Secured { stream, connection, ends, wait }
@@ -125,7 +130,14 @@ pub(crate) fn incoming(
     tls: Arc<Tls>,
     metrics: Metrics,
 ) -> impl Stream<Item = io::Result<Secured>> + Send + 'static {
-    let accepting = Accepting { listener, tls, metrics, handshakes: JoinSet::new() };
+    let accepting = Accepting {
+        listener,
+        tls,
+        metrics,
+        room: Room::default(),
+        under_way: HashMap::new(),
+        handshakes: JoinSet::new(),
+    };
     futures::stream::unfold(accepting, async |mut accepting| Some((Ok(accepting.next().await), accepting)))
 }
 
@@ -133,30 +145,59 @@ struct Accepting {
     listener: TcpListener,
     tls: Arc<Tls>,
     metrics: Metrics,
-    handshakes: JoinSet<Option<Secured>>,
+    room: Room,
+    under_way: HashMap<u64, (SocketAddr, AbortHandle)>,
+    handshakes: JoinSet<(u64, Option<Secured>)>,
 }
 
 impl Accepting {
     async fn next(&mut self) -> Secured {
         loop {
             tokio::select! {
-                accepted = self.listener.accept(), if self.handshakes.len() < HANDSHAKES => match accepted {
-                    Ok((tcp, address)) => {
-                        let (tls, metrics) = (self.tls.clone(), self.metrics.clone());
-                        self.handshakes.spawn(shake_hands(tcp, address, tls, metrics));
-                    }
+                accepted = self.listener.accept() => match accepted {
+                    Ok((tcp, address)) => self.begin(tcp, address),
                     Err(error) => {
                         tracing::warn!(%error, "connections cannot be accepted");
                         sleep(ACCEPT_PAUSE).await;
                     }
                 },
                 Some(done) = self.handshakes.join_next() => {
-                    if let Ok(Some(secured)) = done {
+                    // One that was given up has left already.
+                    let Ok((number, secured)) = done else { continue };
+                    self.under_way.remove(&number);
+                    self.room.leave(number, secured.is_some(), Instant::now());
+                    if let Some(secured) = secured {
                         return secured;
                     }
                 }
             }
         }
+    }
+
+    /// Never waits: who is known is not to stand behind those who say nothing.
+    fn begin(&mut self, tcp: TcpStream, address: SocketAddr) {
+        match self.room.enter(Origin::from(address), Instant::now()) {
+            Ok((number, out)) => {
+                if let Some((address, handshake)) = out.and_then(|out| self.under_way.remove(&out)) {
+                    handshake.abort();
+                    refused(&self.metrics, address, &"it is slow, and others want its place");
+                }
+                let (tls, metrics) = (self.tls.clone(), self.metrics.clone());
+                let handshake = self
+                    .handshakes
+                    .spawn(async move { (number, shake_hands(tcp, address, tls, metrics).await) });
+                self.under_way.insert(number, (address, handshake));
+            }
+            Err(full) => refused(&self.metrics, address, &full),
+        }
+    }
+}
+
+/// Counts a connection that is refused, and says it now and then.
+fn refused(metrics: &Metrics, address: SocketAddr, reason: &dyn std::fmt::Display) {
+    metrics.denied.with_label_values(&["connection"]).inc();
+    if let Some(withheld) = REFUSED.now() {
+        tracing::warn!(%address, %reason, withheld, "connection refused");
     }
 }
 
@@ -167,14 +208,9 @@ async fn shake_hands(
     tls: Arc<Tls>,
     metrics: Metrics,
 ) -> Option<Secured> {
-    let refused = |reason: &dyn std::fmt::Display| {
-        metrics.denied.with_label_values(&["connection"]).inc();
-        if let Some(withheld) = REFUSED.now() {
-            tracing::warn!(%address, %reason, withheld, "connection refused");
-        }
-    };
-    let config = match server(&tls).await {
-        Ok(config) => config,
+    let refused = |reason: &dyn std::fmt::Display| refused(&metrics, address, reason);
+    let (config, own) = match server(&tls).await {
+        Ok(found) => found,
         Err(error) => {
             refused(&error);
             return None;
@@ -183,7 +219,7 @@ async fn shake_hands(
     let _ = tcp.set_nodelay(true);
     let accepting = TlsAcceptor::from(config).accept(tcp).into_fallible();
     match timeout(HANDSHAKE_TIMEOUT, accepting).await {
-        Ok(Ok(stream)) => Some(Secured::new(stream, address)),
+        Ok(Ok(stream)) => Some(Secured::new(stream, address, &own.subject)),
         Ok(Err((error, mut tcp))) => {
             refused(&error);
             // What was not read when a connection is closed takes back what was written: the reason would be lost.
@@ -202,8 +238,8 @@ async fn shake_hands(
     }
 }
 
-/// What a connection is accepted with that comes now.
-async fn server(tls: &Arc<Tls>) -> Result<Arc<ServerConfig>, String> {
+/// What a connection is accepted with that comes now, and what that was made of.
+async fn server(tls: &Arc<Tls>) -> Result<(Arc<ServerConfig>, Arc<Loaded>), String> {
     let loaded = tls.loaded().await;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier =
@@ -217,5 +253,5 @@ async fn server(tls: &Arc<Tls>) -> Result<Arc<ServerConfig>, String> {
     // Whoever resumes shows no certificate: every connection is to be looked at.
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
-    Ok(Arc::new(server))
+    Ok((Arc::new(server), loaded))
 }

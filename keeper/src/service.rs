@@ -210,11 +210,12 @@ impl Keeper for Service {
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
         self.count("watch");
         let caller = Caller::of(&request);
+        let who = caller.counted_as(request.remote_addr());
         let request = request.into_inner();
         for prefix in &request.prefixes {
             self.allowed(caller.check_keys(prefix, true))?;
         }
-        watching::start(&self.core, request).await.map(Response::new)
+        watching::start(&self.core, request, &who).await.map(Response::new)
     }
 
     async fn lease_grant(&self, request: Request<v1::LeaseGrantRequest>) -> Answer<v1::LeaseGrantResponse> {
@@ -254,7 +255,12 @@ impl Keeper for Service {
         let mut request = request.into_inner();
         self.allowed(caller.check_document(&request.document))?;
         request.author = caller.author(request.author);
-        self.core.publish_config(request, &peer).await.map(Response::new)
+        let mut answer = self.core.publish_config(request, &peer).await?;
+        // Whoever changes a field is not to have the keys of an app in the terminal.
+        if let Some(v1::publish_config_response::Outcome::Accepted(revision)) = &mut answer.outcome {
+            self.core.hide_secrets(revision);
+        }
+        Ok(Response::new(answer))
     }
 
     async fn release_config(
@@ -266,7 +272,11 @@ impl Keeper for Service {
         let mut request = request.into_inner();
         self.allowed(caller.check_document(&request.document))?;
         request.author = caller.author(request.author);
-        self.core.release_config(request, &peer).await.map(Response::new)
+        let mut answer = self.core.release_config(request, &peer).await?;
+        if let Some(v1::release_config_response::Outcome::Done(revision)) = &mut answer.outcome {
+            self.core.hide_secrets(revision);
+        }
+        Ok(Response::new(answer))
     }
 
     async fn diff_config(&self, request: Request<v1::DiffConfigRequest>) -> Answer<v1::DiffConfigResponse> {

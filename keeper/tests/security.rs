@@ -646,3 +646,222 @@ async fn a_keeper_says_how_it_is_reached() {
         keeper.stop().await;
     }
 }
+
+/// A watch that has said its first word, or why there is none.
+async fn watched(client: &mut KeeperClient<Channel>) -> Result<tonic::Streaming<v1::WatchResponse>, Status> {
+    let request = v1::WatchRequest { prefixes: vec!["x/".to_owned()], after_revision: 0 };
+    let mut stream = client.watch(request).await?.into_inner();
+    stream.message().await?;
+    Ok(stream)
+}
+
+#[tokio::test]
+async fn nobody_takes_the_watches_of_all() {
+    let authority = Authority::new();
+    let dir = TempDir::new().unwrap();
+    let mut options = self::options(dir.path(), "127.0.0.1:0", Some(authority.tls("keeper"))).await;
+    (options.limits.watches, options.limits.watches_per_caller) = (7, 2);
+    let keeper = Keeper::start(options).await.unwrap();
+    let mut held = Vec::new();
+    // Another connection of the same viewer is the same caller.
+    for uri in ["viewer/bob", "viewer/bob", "viewer/eve", "gateway", "gateway"] {
+        held.push(watched(&mut client(&keeper, &authority.tls(uri)).await).await.unwrap());
+    }
+    for (uri, who) in [("viewer/bob", "viewer/bob"), ("gateway", "gateway at 127.0.0.1")] {
+        let status = watched(&mut client(&keeper, &authority.tls(uri)).await).await.unwrap_err();
+        let text = format!("{who} has 2 watches already, the most that one caller may have here");
+        assert_eq!((status.code(), status.message()), (Code::ResourceExhausted, text.as_str()));
+    }
+    for uri in ["hub/hub-1", "hub/hub-2"] {
+        held.push(watched(&mut client(&keeper, &authority.tls(uri)).await).await.unwrap());
+    }
+    let mut eve = client(&keeper, &authority.tls("viewer/eve")).await;
+    let status = watched(&mut eve).await.unwrap_err();
+    let text = "there are 7 watches already, the most that a keeper has";
+    assert_eq!((status.code(), status.message()), (Code::ResourceExhausted, text));
+    // What is given up is there for others.
+    held.remove(0);
+    until("there is room again", async || {
+        watched(&mut eve).await.map(|stream| held.push(stream)).map_err(|status| status.to_string())
+    })
+    .await;
+    drop(held);
+    keeper.stop().await;
+
+    // Without TLS it is the address that counts.
+    let mut options = self::options(dir.path(), "127.0.0.1:0", None).await;
+    options.limits.watches_per_caller = 1;
+    let keeper = Keeper::start(options).await.unwrap();
+    let from = async |address: &str| {
+        let endpoint = Endpoint::from_shared(keeper.endpoint()).unwrap();
+        let endpoint = endpoint.local_address(Some(address.parse().unwrap()));
+        KeeperClient::new(endpoint.connect().await.unwrap())
+    };
+    let _one = watched(&mut from("127.0.9.11").await).await.unwrap();
+    let status = watched(&mut from("127.0.9.11").await).await.unwrap_err();
+    assert!(status.message().starts_with("127.0.9.11 has 1 watches already"), "{status}");
+    let _other = watched(&mut from("127.0.9.12").await).await.unwrap();
+    keeper.stop().await;
+}
+
+async fn tcp_from(address: &str, keeper: &KeeperHandle) -> std::io::Result<tokio::net::TcpStream> {
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    socket.bind(std::net::SocketAddr::new(address.parse().unwrap(), 0))?;
+    socket.connect(keeper.addr()).await
+}
+
+/// Shakes hands with the keeper from an address, as an operator; how long that took.
+async fn shakes_hands(address: &str, keeper: &KeeperHandle, tls: &Arc<Tls>) -> Result<Duration, String> {
+    let loaded = tls.now();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider);
+    let certified = rustls::sign::SingleCertAndKey::from(loaded.certified.clone());
+    let mut config = builder
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(loaded.authorities.clone())
+        .with_client_cert_resolver(Arc::new(certified));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let begun = Instant::now();
+    let tcp = tcp_from(address, keeper).await.map_err(|error| error.to_string())?;
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let mut stream =
+        connector.connect("127.0.0.1".try_into().unwrap(), tcp).await.map_err(|error| error.to_string())?;
+    // The keeper's first word says that it has taken the certificate.
+    tokio::io::AsyncReadExt::read_u8(&mut stream).await.map_err(|error| error.to_string())?;
+    Ok(begun.elapsed())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_say_nothing_keep_nobody_out() {
+    let authority = Authority::new();
+    let (keeper, _dir) = keeper(&authority).await;
+    let tls = authority.tls("operator");
+    shakes_hands("127.0.9.21", &keeper, &tls).await.unwrap();
+    // As many as there is room for, and more, from so few addresses that each has more than its part.
+    let mut silent = Vec::new();
+    let fill = async |silent: &mut Vec<_>| {
+        for stranger in 31..=36 {
+            for _ in 0..80 {
+                silent.push(tcp_from(&format!("127.0.9.{stranger}"), &keeper).await.unwrap());
+            }
+        }
+    };
+    fill(&mut silent).await;
+    let took = shakes_hands("127.0.9.21", &keeper, &tls).await.expect("who is known is let in at once");
+    assert!(took < Duration::from_secs(8), "before the strangers' time is over: {took:?}");
+    // So are newcomers once the silent ones have had a while: long before their time is over.
+    let begun = Instant::now();
+    until("a newcomer is let in", async || shakes_hands("127.0.9.22", &keeper, &tls).await.map(drop)).await;
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    drop(silent);
+    keeper.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_for_another_cluster_is_refused_on_both_sides() {
+    let authority = Authority::new();
+    let dir = TempDir::new().unwrap();
+    let tls = authority.tls("keeper?cluster=blue");
+    let keeper = Keeper::start(options(dir.path(), "127.0.0.1:0", Some(tls)).await).await.unwrap();
+    for uri in ["operator?cluster=blue", "operator/alice?cluster=blue", "operator"] {
+        client(&keeper, &authority.tls(uri)).await.txn(v1::TxnRequest::default()).await.unwrap();
+    }
+    let red = authority.tls("operator?cluster=red");
+    let error = channel(&keeper.endpoint(), Some(&red)).await.unwrap_err();
+    let expected =
+        "it is a keeper of another cluster: the certificate is for cluster blue, and this is cluster red";
+    assert!(error.contains(expected), "{error}");
+    // One that does not look at the keeper's certificate.
+    let mut client = KeeperClient::new(nobodys_channel(&keeper.endpoint(), red.files()).await);
+    for status in [
+        client.txn(v1::TxnRequest::default()).await.unwrap_err(),
+        client.keeper_status(v1::KeeperStatusRequest {}).await.unwrap_err(),
+    ] {
+        let expected = "the certificate is for cluster red, and this is cluster blue";
+        assert_eq!((status.code(), status.message()), (Code::Unauthenticated, expected));
+    }
+    keeper.stop().await;
+}
+
+#[tokio::test]
+async fn what_processes_say_of_documents_tells_viewers_no_secrets() {
+    let authority = Authority::new();
+    let (keeper, _dir) = keeper(&authority).await;
+    let mut operator = client(&keeper, &authority.tls("operator")).await;
+    let mut viewer = client(&keeper, &authority.tls("viewer/bob")).await;
+    let mut gateway = client(&keeper, &authority.tls("gateway/edge-1")).await;
+    let lease = register(&mut gateway, "edge-1", &[Role::Gateway], 1).await.unwrap();
+    let yaml = "api_keys: [{name: one, key: \"hunter \\\"quoted\\\" key\"}]\nwebhook: {url: 'https://me:hunter-pass@x/', \
+                secret: hunter-secret}";
+    let published = operator.publish_config(publish("app/demo", yaml, "")).await.unwrap().into_inner();
+    assert!(!format!("{published:?}").contains("hunter"), "{published:?}");
+
+    // A process of another version may say anything.
+    let refusal = "api_keys[0].key: invalid value: string \"hunter \\\"quoted\\\" key\"; webhook: `hunter-secret` is bad, \
+                   https://me:hunter-pass@x/ does not answer";
+    let applied = v1::AppliedConfig {
+        instance: "edge-1".to_owned(),
+        document: "app/demo".to_owned(),
+        refused_revision: 1,
+        refusal: refusal.to_owned(),
+        ..Default::default()
+    };
+    gateway.report_config(v1::ReportConfigRequest { lease, applied: vec![applied] }).await.unwrap();
+    let expected = "api_keys[0].key: invalid value: string \"(secret)\"; webhook: `(secret)` is bad, (secret) does not answer";
+    let request = v1::ConfigStatusRequest { document: "app/demo".to_owned() };
+    let status = viewer.config_status(request).await.unwrap().into_inner();
+    assert_eq!(status.applied[0].refusal, expected);
+    let range = v1::RangeRequest { key: "carillon/applied/".to_owned(), prefix: true, ..Default::default() };
+    let raw = viewer.range(range).await.unwrap().into_inner();
+    assert!(!String::from_utf8_lossy(&raw.items[0].value).contains("hunter"), "{raw:?}");
+    let explain = v1::ExplainConfigRequest {
+        document: "app/demo".to_owned(),
+        instance: "edge-1".to_owned(),
+        ..Default::default()
+    };
+    let explained = format!("{:?}", viewer.explain_config(explain).await.unwrap().into_inner());
+    assert!(explained.contains("webhook.url") && !explained.contains("hunter"), "{explained}");
+    let get = v1::GetConfigRequest { document: "app/demo".to_owned(), revision: 0 };
+    let got = format!("{:?}", viewer.get_config(get).await.unwrap().into_inner());
+    assert!(got.contains("webhook") && !got.contains("hunter"), "{got}");
+
+    // Nor does the keeper, to whoever gets a field wrong.
+    let wrong = operator.publish_config(publish("app/demo", "api_keys: hunter-key", "")).await.unwrap();
+    let said = format!("{wrong:?}");
+    assert!(
+        said.contains("invalid type: (secret), expected a sequence") && !said.contains("hunter"),
+        "{said}"
+    );
+    keeper.stop().await;
+}
+
+#[tokio::test]
+async fn nobody_joins_the_process_of_another_by_saying_so() {
+    let authority = Authority::new();
+    let (keeper, _dir) = keeper(&authority).await;
+    let mut operator = client(&keeper, &authority.tls("operator")).await;
+    let mut hub = client(&keeper, &authority.tls("hub/hub-1")).await;
+    let mut gateway = client(&keeper, &authority.tls("gateway")).await;
+    for (id, role) in [("hub-1", Role::Registry), ("edge-1", Role::Gateway), ("edge-2", Role::Gateway)] {
+        let client = if role == Role::Gateway { &mut gateway } else { &mut hub };
+        let instance =
+            v1::InstanceRecord { process: 7, kinds: vec!["app".to_owned()], ..record(id, &[role]) };
+        // What it says of its certificate does not count either.
+        let instance = v1::InstanceRecord { registered_by: "hub/hub-1".to_owned(), ..instance };
+        client.register(v1::RegisterRequest { instance: Some(instance), ttl_ms: 60_000 }).await.unwrap();
+    }
+    operator.publish_config(publish("app/demo", "", "")).await.unwrap();
+    let matched = async |operator: &mut KeeperClient<Channel>, role: Role| {
+        let target = v1::ConfigTarget { roles: vec![role.to_string()], ..Default::default() };
+        let request = v1::PublishConfigRequest {
+            release_to: Some(target),
+            dry_run: true,
+            ..publish("app/demo", "root: true", "")
+        };
+        operator.publish_config(request).await.unwrap().into_inner().matched
+    };
+    assert_eq!(matched(&mut operator, Role::Gateway).await, ["edge-1", "edge-2"]);
+    assert_eq!(matched(&mut operator, Role::Registry).await, ["hub-1"]);
+    keeper.stop().await;
+}

@@ -1,5 +1,5 @@
 //! Whose a certificate is among keepers and those who speak with them: a role and perhaps a name, in a URI among its subject
-//! alternative names, `carillon://ROLE[/NAME]`. See docs/adr/0015-roles-by-certificate.md.
+//! alternative names, `carillon://ROLE[/NAME][?cluster=CLUSTER]`. See docs/adr/0015-roles-by-certificate.md.
 
 use std::fmt;
 use std::str::FromStr;
@@ -63,6 +63,12 @@ pub enum SubjectError {
         "{0:?} in the certificate has a name that cannot be used: 1 to {MAX_NAME_BYTES} letters, digits and any of - _ . @ +"
     )]
     BadName(String),
+    #[error(
+        "{0:?} in the certificate names no cluster after the '?': ?cluster= and 1 to {MAX_NAME_BYTES} letters, digits and any of - _ . @ +"
+    )]
+    BadCluster(String),
+    #[error("the certificate is for cluster {found}, and this is cluster {expected}")]
+    OtherCluster { found: String, expected: String },
 }
 
 /// Whose a certificate is, and until when.
@@ -71,6 +77,8 @@ pub struct Subject {
     pub role: CertificateRole,
     /// Of a process its instance id, of a person who it is; None: the certificate is for all of that role.
     pub name: Option<String>,
+    /// The cluster that it is for; None: all whose authority it is of.
+    pub cluster: Option<String>,
     /// Unix seconds.
     pub not_before: i64,
     pub not_after: i64,
@@ -106,15 +114,36 @@ impl Subject {
             [uri] => *uri,
             several => return Err(SubjectError::SeveralRoles(several.join(", "))),
         };
-        let (role, name) = parse(uri)?;
+        let Uri { role, name, cluster } = parse(uri)?;
         let validity = certificate.validity();
         let (not_before, not_after) = (validity.not_before.timestamp(), validity.not_after.timestamp());
-        Ok(Subject { role, name, not_before, not_after })
+        Ok(Subject { role, name, cluster, not_before, not_after })
+    }
+
+    /// Do the holders belong together? They do unless both certificates name a cluster, and not the same.
+    pub fn check_cluster(&self, other: &Subject) -> Result<(), SubjectError> {
+        match (&self.cluster, &other.cluster) {
+            (Some(expected), Some(found)) if expected != found => {
+                Err(SubjectError::OtherCluster { found: found.clone(), expected: expected.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-fn parse(uri: &str) -> Result<(CertificateRole, Option<String>), SubjectError> {
+/// What a URI says.
+struct Uri {
+    role: CertificateRole,
+    name: Option<String>,
+    cluster: Option<String>,
+}
+
+fn parse(uri: &str) -> Result<Uri, SubjectError> {
     let rest = uri.strip_prefix(SCHEME).unwrap_or(uri);
+    let (rest, query) = match rest.split_once('?') {
+        Some((rest, query)) => (rest, Some(query)),
+        None => (rest, None),
+    };
     let (role, name) = match rest.split_once('/') {
         Some((role, name)) => (role, Some(name)),
         None => (rest, None),
@@ -126,10 +155,14 @@ fn parse(uri: &str) -> Result<(CertificateRole, Option<String>), SubjectError> {
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'@' | b'+'))
     };
-    match name {
-        Some(name) if !fits(name) => Err(SubjectError::BadName(uri.to_owned())),
-        name => Ok((role, name.map(str::to_owned))),
+    if name.is_some_and(|name| !fits(name)) {
+        return Err(SubjectError::BadName(uri.to_owned()));
     }
+    let cluster = match query.map(|query| query.strip_prefix("cluster=").filter(|cluster| fits(cluster))) {
+        Some(None) => return Err(SubjectError::BadCluster(uri.to_owned())),
+        cluster => cluster.flatten().map(str::to_owned),
+    };
+    Ok(Uri { role, name: name.map(str::to_owned), cluster })
 }
 
 impl FromStr for CertificateRole {
@@ -164,6 +197,23 @@ mod tests {
             // What others put into certificates is in nobody's way.
             let subject = of(&["spiffe://example/x", uri]).unwrap();
             assert_eq!((subject.to_string().as_str(), subject.not_after), (expected, 1_935_360_000), "{uri}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_may_be_for_one_cluster() {
+        let [a, also_a, b, any] = ["gateway/edge-1?cluster=a", "keeper?cluster=a", "hub?cluster=b", "viewer"]
+            .map(|uri| of(&[&format!("carillon://{uri}")]).unwrap());
+        assert_eq!((a.to_string().as_str(), a.cluster.as_deref()), ("gateway/edge-1", Some("a")));
+        assert_eq!(any.cluster, None);
+        for other in [&also_a, &any] {
+            assert_eq!((a.check_cluster(other), other.check_cluster(&a)), (Ok(()), Ok(())));
+        }
+        let refused = a.check_cluster(&b).unwrap_err().to_string();
+        assert_eq!(refused, "the certificate is for cluster b, and this is cluster a");
+        for query in ["", "a", "cluster=", "cluster=a&x=1", "cluster=a/b", "name=x"] {
+            let uri = format!("carillon://gateway?{query}");
+            assert_eq!(of(&[&uri]), Err(SubjectError::BadCluster(uri.clone())));
         }
     }
 

@@ -155,7 +155,7 @@ impl Tls {
         let tcp = TcpStream::connect((host, port)).await?;
         tcp.set_nodelay(true)?;
         let mut stream = TlsConnector::from(loaded.client.clone()).connect(name, tcp).await?;
-        check_keeper(&stream)?;
+        check_keeper(&stream, &loaded.subject)?;
         heard(&mut stream).await?;
         Ok(TokioIo::new(stream))
     }
@@ -165,12 +165,14 @@ fn refused(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
 
-/// Others have certificates of the same authority, and perhaps a name that leads to them.
-fn check_keeper(stream: &TlsStream<TcpStream>) -> io::Result<()> {
+/// Others have certificates of the same authority, and perhaps a name that leads to them; and so have other clusters' keepers.
+fn check_keeper(stream: &TlsStream<TcpStream>, own: &Subject) -> io::Result<()> {
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let subject = certificates.first().map(|certificate| Subject::of(certificate));
     match subject {
-        Some(Ok(subject)) if subject.role == CertificateRole::Keeper => Ok(()),
+        Some(Ok(subject)) if subject.role == CertificateRole::Keeper => own
+            .check_cluster(&subject)
+            .map_err(|error| refused(format!("it is a keeper of another cluster: {error}"))),
         Some(Ok(subject)) => Err(refused(format!("it is no keeper: its certificate is that of {subject}"))),
         Some(Err(error)) => Err(refused(format!("it is no keeper: {error}"))),
         None => Err(refused("it is no keeper: it has no certificate".to_owned())),

@@ -8,6 +8,7 @@ fn caller(role: CertificateRole, name: Option<&str>) -> Caller {
     Caller::Certified(Arc::new(Subject {
         role,
         name: name.map(str::to_owned),
+        cluster: None,
         not_before: 0,
         not_after: i64::MAX,
     }))
