@@ -26,6 +26,8 @@ pub const NODES: usize = 5;
 const CLIENTS: usize = 16;
 /// After all faults are over, the cluster must work again within this.
 const HEAL: Duration = Duration::from_secs(60);
+/// A slow machine has so long to do what is asked of it after that.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a run is.
 #[derive(Debug, Clone)]
@@ -33,13 +35,15 @@ pub struct Plan {
     pub seed: u64,
     /// How long clients and faults go on.
     pub lasts: Duration,
+    /// Clients go on until they have done so many, [`PATIENCE`] at most.
+    pub operations: usize,
     /// Entries between snapshots: few, so that they are made, sent and installed all the time.
     pub snapshot_every: u64,
 }
 
 impl Plan {
     pub fn new(seed: u64, lasts: Duration) -> Plan {
-        Plan { seed, lasts, snapshot_every: 100 }
+        Plan { seed, lasts, operations: 0, snapshot_every: 100 }
     }
 }
 
@@ -219,6 +223,10 @@ pub async fn run(plan: &Plan) -> Result<Report, String> {
         Err(error) => Err(error),
     };
     let healed_ms = began.elapsed().as_millis();
+    let enough = Instant::now() + PATIENCE;
+    while healed.is_ok() && load.done.load(Ordering::Relaxed) < plan.operations && Instant::now() < enough {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     load.stop.store(true, Ordering::Relaxed);
     for client in clients {
         client.await.map_err(|error| error.to_string())?;

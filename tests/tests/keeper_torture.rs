@@ -6,6 +6,9 @@ use carillon_tests::keepers::net;
 use carillon_tests::tools;
 use carillon_tests::torture::{self, Plan};
 
+/// A run has at least so many.
+const OPERATIONS: usize = 3000;
+
 /// `CARILLON_TORTURE_SEED`, or another one each time.
 fn seed(number: u64) -> u64 {
     let given = std::env::var("CARILLON_TORTURE_SEED").ok().and_then(|seed| seed.parse().ok());
@@ -17,11 +20,11 @@ async fn one_run(number: u64) {
     if !net::possible() {
         return tools::missing("root, to make network namespaces with ip,");
     }
-    let plan = Plan::new(seed(number), Duration::from_secs(18));
+    let plan = Plan { operations: OPERATIONS, ..Plan::new(seed(number), Duration::from_secs(18)) };
     eprintln!("seed {}", plan.seed);
     let report = torture::run(&plan).await.unwrap_or_else(|error| panic!("{error}"));
     eprintln!("seed {}: {report}", plan.seed);
-    assert!(report.done >= 500, "too few operations to say anything: {}", report.done);
+    assert!(report.done >= OPERATIONS, "too few operations to say anything: {}", report.done);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
