@@ -85,10 +85,9 @@ impl Core {
     }
 
     async fn await_answer(&self, key: &str) -> Result<v1::CommandRecord, Status> {
-        let mut revisions = self.node.revision();
+        let interest = self.node.interests().register(&[key.to_owned()]);
         let mut seen = 0;
         loop {
-            revisions.mark_unchanged();
             if self.node.state().get(key).map_or(0, |item| item.mod_revision) != seen {
                 match self.read::<v1::CommandRecord>(key)? {
                     Some((_, command)) if !is_open(command.state()) => return Ok(command),
@@ -96,9 +95,7 @@ impl Core {
                     None => return Err(Status::aborted("the command was deleted")),
                 }
             }
-            if revisions.changed().await.is_err() {
-                return Err(Status::unavailable("the keeper is stopping"));
-            }
+            interest.changed().await;
         }
     }
 

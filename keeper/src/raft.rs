@@ -31,6 +31,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::Status;
 
 use crate::identity::Identity;
+use crate::interests::Interests;
 use crate::state::State;
 use forwarding::Forwarding;
 use log_store::LogStore;
@@ -305,7 +306,12 @@ impl Node {
         self.machine.revision()
     }
 
-    /// Has everyone look who waits for the revision to grow.
+    /// Who waits for which changes.
+    pub(crate) fn interests(&self) -> &Interests {
+        self.machine.interests()
+    }
+
+    /// Has everyone look who waits for changes.
     pub(crate) fn wake_watches(&self) {
         self.machine.wake();
     }

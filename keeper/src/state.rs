@@ -296,6 +296,12 @@ impl State {
         }
     }
 
+    /// Which keys have changed after a revision, and at which, in order; None: that is not kept any more.
+    pub(crate) fn changed_after(&self, revision: u64) -> Option<impl Iterator<Item = (&str, u64)>> {
+        let changes = self.events_after(revision).map(|event| (key_of(event), revision_of(event)));
+        (self.compacted <= revision && revision <= self.revision).then_some(changes)
+    }
+
     fn events_after(&self, revision: u64) -> impl Iterator<Item = &Arc<v1::WatchEvent>> {
         let first = self.events.partition_point(|event| revision_of(event) <= revision);
         self.events.range(first..)

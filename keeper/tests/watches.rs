@@ -23,6 +23,10 @@ use v1::watch_response::Kind;
 
 /// Generous: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Writes that nobody watches.
+const UNRELATED: usize = 300;
+/// So long it is looked what the keeper does when nothing happens.
+const IDLE: Duration = Duration::from_secs(5);
 /// Connections that are being made at the same time.
 const AT_ONCE: usize = 64;
 
@@ -53,6 +57,15 @@ impl Process {
         process
     }
 
+    /// CPU time so far.
+    fn busy(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // After the name, which ends with the last parenthesis: utime and stime are the 12th and 13th, in hundredths.
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: u64 = fields[11..=12].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 10)
+    }
+
     /// Resident memory, bytes.
     fn memory(&self) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -75,7 +88,10 @@ async fn the_keeper_of_the_other_tests() {
     let Some(directory) = std::env::var_os("CARILLON_TEST_KEEPER").map(PathBuf::from) else { return };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let kinds = vec![DocumentKind::of::<Revoked>()];
-    let keeper = Keeper::start(KeeperOptions::new(directory.join("data"), listener, kinds)).await.unwrap();
+    let mut options = KeeperOptions::new(directory.join("data"), listener, kinds);
+    // All of them come from this machine.
+    options.limits.watches_per_caller = options.limits.watches;
+    let keeper = Keeper::start(options).await.unwrap();
     write_whole(&directory.join("url"), &keeper.endpoint());
     std::future::pending::<()>().await;
 }
@@ -172,6 +188,26 @@ async fn a_change_of_configuration_reaches_ten_thousand_agents() {
         begun.elapsed().as_secs_f64() * 1000.0
     ));
     assert!(each < 96 * 1024, "{each} bytes for each watch");
+
+    // What concerns none of them wakes none of them.
+    let mut client = connect(&keeper.url).await;
+    let before = keeper.busy();
+    tokio::time::sleep(IDLE).await;
+    // Progress notices and the like: what so many watches take while nothing happens.
+    let idle = (keeper.busy() - before).as_secs_f64() / IDLE.as_secs_f64();
+    let (before, begun) = (keeper.busy(), Instant::now());
+    for change in 0..UNRELATED {
+        let put = Put { key: format!("other/{change}"), value: "x".into(), lease: 0 };
+        let then = vec![v1::Op { op: Some(Op::Put(put)) }];
+        client.txn(v1::TxnRequest { then, ..Default::default() }).await.unwrap();
+    }
+    let took = begun.elapsed().as_secs_f64();
+    let each = ((keeper.busy() - before).as_secs_f64() - idle * took) * 1000.0 / UNRELATED as f64;
+    say(&format!(
+        "a write that concerns none of them: {each:.2} ms of the keeper's CPU, answered after {:.2} ms",
+        took * 1000.0 / UNRELATED as f64
+    ));
+    assert!(each < 20.0, "{each} ms: it looks as if all were woken");
     drop(watchers);
     let begun = Instant::now();
     while admin.status().await.unwrap().watches > 0 {
@@ -223,4 +259,32 @@ async fn watchers_that_do_not_read_cost_little_and_miss_nothing() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_is_not_left_behind_by_what_does_not_concern_it() {
+    const TRANSACTIONS: usize = 200;
+    /// All that one may have; together they are more than the keeper keeps for who is behind.
+    const CHANGES: usize = 128;
+    let keeper = Process::start().await;
+    let mut watcher = Watcher::start(connect(&keeper.url).await, vec!["mine/".to_owned()]).await;
+    let mut client = connect(&keeper.url).await;
+    let mut write = async |keys: Vec<String>| {
+        let put = |key| v1::Op { op: Some(Op::Put(Put { key, value: "x".into(), lease: 0 })) };
+        let then = keys.into_iter().map(put).collect();
+        client.txn(v1::TxnRequest { then, ..Default::default() }).await.unwrap().into_inner().revision
+    };
+    for round in ["1", "2"] {
+        for _ in 0..TRANSACTIONS {
+            write((0..CHANGES).map(|i| format!("others/{i}")).collect()).await;
+        }
+        let key = format!("mine/{round}");
+        let revision = write(vec![key.clone()]).await;
+        let message = watcher.events().await;
+        assert_eq!((message.kind(), message.revision), (Kind::Events, revision));
+        assert_eq!(message.events[0].item.as_ref().unwrap().key, key);
+    }
+    // And it can be resumed from where it is said to be.
+    let status = Admin::new(vec![keeper.url.clone()]).status().await.unwrap();
+    assert!(status.compacted_revision > 0, "more than is kept");
 }

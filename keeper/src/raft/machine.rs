@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::types::{Applied, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, Vote};
+use crate::interests::Interests;
 use crate::metrics;
 use crate::state::State;
 
@@ -45,8 +46,10 @@ pub(crate) struct Machine {
 
 struct Inner {
     machinery: RwLock<Machinery>,
-    /// The state's revision, for whoever waits for changes.
+    /// The state's revision, for whoever waits for any change …
     revision: watch::Sender<u64>,
+    /// … and for whoever waits for some: these are told first.
+    interests: Interests,
     /// Index of the last entry that the state holds.
     applied: watch::Sender<u64>,
     directory: PathBuf,
@@ -76,6 +79,7 @@ impl Machine {
         Ok(Machine {
             inner: Arc::new(Inner {
                 revision: watch::Sender::new(machinery.state.revision()),
+                interests: Interests::default(),
                 applied: watch::Sender::new(machinery.applied_index()),
                 machinery: RwLock::new(machinery),
                 directory: directory.to_owned(),
@@ -94,8 +98,14 @@ impl Machine {
         self.inner.revision.subscribe()
     }
 
-    /// Wakes those who wait for the revision.
+    /// Who waits for which changes.
+    pub(crate) fn interests(&self) -> &Interests {
+        &self.inner.interests
+    }
+
+    /// Wakes those who wait for changes.
     pub(crate) fn wake(&self) {
+        self.inner.interests.touch_all();
         self.inner.revision.send_modify(|_| ());
     }
 
@@ -246,6 +256,8 @@ fn write_snapshot(directory: &Path, body: &[u8]) -> io::Result<()> {
 /// Tells those who wait for changes how far it has come.
 struct Changed<'a> {
     inner: &'a Inner,
+    /// The revision before it.
+    before: u64,
     /// Index of the last entry, and the revision after it.
     applied: Option<(u64, u64)>,
 }
@@ -254,6 +266,10 @@ impl Drop for Changed<'_> {
     fn drop(&mut self) {
         let Some((index, revision)) = self.applied else { return };
         self.inner.applied.send_replace(index);
+        match self.inner.machinery.read().state.changed_after(self.before) {
+            Some(changes) => self.inner.interests.touch(changes),
+            None => self.inner.interests.touch_all(),
+        }
         self.inner.revision.send_if_modified(|present| std::mem::replace(present, revision) != revision);
     }
 }
@@ -295,7 +311,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
         Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
         // Told once for all of them, and if reading the log fails in between, for those before.
-        let mut changed = Changed { inner: &self.inner, applied: None };
+        let before = self.inner.machinery.read().state.revision();
+        let mut changed = Changed { inner: &self.inner, before, applied: None };
         while let Some((entry, responder)) = entries.try_next().await? {
             let applied = {
                 let mut machinery = self.inner.machinery.write();
@@ -335,6 +352,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
                 membership: meta.last_membership,
             };
             machine.inner.applied.send_replace(meta.last_log_id.map_or(0, |id| id.index));
+            machine.inner.interests.touch_all();
             machine.inner.revision.send_replace(revision);
             Ok(())
         };

@@ -12,8 +12,12 @@ use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 use v1::watch_response::Kind;
 
+use crate::budget::{Part, Spent};
 use crate::core::Shared;
+use crate::interests::Interest;
 use crate::state::{Changes, Item};
+
+use super::MAX_KEY_BYTES;
 
 const MAX_PREFIXES: usize = 64;
 /// Size that a message of the state or of changes is about: what a watcher that takes nothing costs.
@@ -22,8 +26,8 @@ const MESSAGE_BYTES: usize = 64 * 1024;
 type Message = Result<v1::WatchResponse, Status>;
 pub(crate) type Messages = Pin<Box<dyn Stream<Item = Message> + Send>>;
 
-/// Counts a watch for as long as it lives.
-struct Counted(IntGauge);
+/// Counts a watch for as long as it lives, and as whose.
+struct Counted(IntGauge, #[allow(dead_code, reason = "it is given back when dropped")] Part);
 
 impl Drop for Counted {
     fn drop(&mut self) {
@@ -31,17 +35,28 @@ impl Drop for Counted {
     }
 }
 
-pub(crate) async fn start(core: &Shared, request: v1::WatchRequest) -> Result<Messages, Status> {
+/// `who`: whose watch it is, as watches are counted.
+pub(crate) async fn start(core: &Shared, request: v1::WatchRequest, who: &str) -> Result<Messages, Status> {
     if request.prefixes.is_empty() || request.prefixes.len() > MAX_PREFIXES {
         return Err(Status::invalid_argument(format!("a watch needs from 1 to {MAX_PREFIXES} prefixes")));
     }
-    let most = core.limits.watches;
-    if core.metrics.watches.get() >= i64::try_from(most).unwrap_or(i64::MAX) {
-        return Err(Status::resource_exhausted(format!("there are {most} watches already")));
+    if request.prefixes.iter().any(|prefix| prefix.len() > MAX_KEY_BYTES) {
+        let text = format!("a prefix is longer than {MAX_KEY_BYTES} bytes, and so than any key");
+        return Err(Status::invalid_argument(text));
     }
+    let part = core.watches.take(who).map_err(|spent| {
+        Status::resource_exhausted(match spent {
+            Spent::Own(own) => {
+                format!("{who} has {own} watches already, the most that one caller may have here")
+            }
+            Spent::All(all) => format!("there are {all} watches already, the most that a keeper has"),
+        })
+    })?;
     core.metrics.watches.inc();
-    let counted = Counted(core.metrics.watches.clone());
+    let counted = Counted(core.metrics.watches.clone(), part);
     core.node.linearize().await?;
+    // Before anything is read, so that no change falls between the two.
+    let interest = core.node.interests().register(&request.prefixes);
     let revision = core.node.state().revision();
     if request.after_revision > revision {
         let text =
@@ -52,7 +67,9 @@ pub(crate) async fn start(core: &Shared, request: v1::WatchRequest) -> Result<Me
         core: core.clone(),
         prefixes: request.prefixes,
         revisions: core.node.revision(),
+        interest,
         place: request.after_revision,
+        behind: true,
         ready: VecDeque::new(),
         quiet: Box::pin(sleep(core.limits.progress_interval)),
         ended: false,
@@ -70,8 +87,11 @@ struct Watch {
     core: Shared,
     prefixes: Vec<String>,
     revisions: watch::Receiver<u64>,
+    interest: Interest,
     /// All changes up to this revision are sent, or in `ready`.
     place: u64,
+    /// There may be more after it that nobody will tell of again.
+    behind: bool,
     /// What is said first: the state, in parts.
     ready: VecDeque<(Kind, u64, Vec<v1::WatchEvent>)>,
     /// Until the watcher is told how far all is, if it is told nothing else.
@@ -99,49 +119,68 @@ impl Watch {
     }
 
     async fn changes(&mut self) -> Message {
+        let mut due = false;
         loop {
-            self.revisions.mark_unchanged();
-            // A keeper that stops says so by way of the revision.
             if self.core.stop.is_cancelled() {
                 return self.end("the keeper is stopping");
             }
-            let changes = self.core.node.state().changes(&self.prefixes, self.place, MESSAGE_BYTES);
-            match changes {
-                Changes::Up { revision, events } => {
-                    let behind = revision < self.core.node.state().revision();
-                    self.place = revision;
-                    if !events.is_empty() {
-                        self.core.metrics.watch_events.inc_by(events.len() as u64);
-                        let events = events.iter().map(|event| (**event).clone()).collect();
-                        return self.message(Kind::Events, revision, events);
+            // In this order: who is interested in what is published has been told before.
+            let published = *self.revisions.borrow();
+            match self.interest.take() {
+                None if !self.behind => self.place = self.place.max(published),
+                first => {
+                    // What came before the first change that concerns it can be passed over, also when it is not kept any more.
+                    let before = first.map_or(0, |first| first.saturating_sub(1));
+                    self.place = if self.behind { self.place } else { self.place.max(before) };
+                    if let Some(message) = self.look() {
+                        return message;
                     }
-                    if behind {
+                    if self.behind {
                         continue;
                     }
                 }
-                Changes::Compacted(revision) => {
-                    self.core.metrics.watches_compacted.inc();
-                    self.ended = true;
-                    return self.message(Kind::Compacted, revision, Vec::new());
+            }
+            if due {
+                if !self.core.node.in_touch() {
+                    // What happens elsewhere does not come here: the watcher is better off with another keeper.
+                    return self.end("this keeper has lost its cluster");
                 }
-                // Only after a snapshot of another past was installed here.
-                Changes::Ahead(revision) => {
-                    self.ended = true;
-                    return self.message(Kind::Compacted, revision, Vec::new());
-                }
+                return self.message(Kind::Progress, self.place, Vec::new());
             }
             tokio::select! {
                 biased;
-                changed = self.revisions.changed() => if changed.is_err() {
-                    return self.end("the keeper is stopping");
-                },
-                () = &mut self.quiet => {
-                    if !self.core.node.in_touch() {
-                        // What happens elsewhere does not come here: the watcher is better off with another keeper.
-                        return self.end("this keeper has lost its cluster");
-                    }
-                    return self.message(Kind::Progress, self.place, Vec::new());
+                () = self.interest.changed() => {}
+                () = &mut self.quiet => due = true,
+            }
+        }
+    }
+
+    /// What there is after its place, if that is worth a message.
+    fn look(&mut self) -> Option<Message> {
+        let (changes, newest) = {
+            let state = self.core.node.state();
+            (state.changes(&self.prefixes, self.place, MESSAGE_BYTES), state.revision())
+        };
+        match changes {
+            Changes::Up { revision, events } => {
+                self.place = revision;
+                self.behind = revision < newest;
+                if events.is_empty() {
+                    return None;
                 }
+                self.core.metrics.watch_events.inc_by(events.len() as u64);
+                let events = events.iter().map(|event| (**event).clone()).collect();
+                Some(self.message(Kind::Events, revision, events))
+            }
+            Changes::Compacted(revision) => {
+                self.core.metrics.watches_compacted.inc();
+                self.ended = true;
+                Some(self.message(Kind::Compacted, revision, Vec::new()))
+            }
+            // Only after a snapshot of another past was installed here.
+            Changes::Ahead(revision) => {
+                self.ended = true;
+                Some(self.message(Kind::Compacted, revision, Vec::new()))
             }
         }
     }
