@@ -6,6 +6,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -139,6 +141,8 @@ struct Call<P: Protocol> {
     // None: nobody waits for the answer.
     answer: Option<Answer<P::Reply>>,
     deadline: Instant,
+    /// It is to go over this connection or not at all; None: over any.
+    connection: Option<u64>,
 }
 
 impl<P: Protocol> Call<P> {
@@ -154,11 +158,41 @@ pub struct Exchange<P: Protocol> {
     calls: mpsc::Sender<Call<P>>,
     target: String,
     timeout: Duration,
+    connection: Connection,
 }
 
 impl<P: Protocol> Clone for Exchange<P> {
     fn clone(&self) -> Self {
-        Exchange { calls: self.calls.clone(), target: self.target.clone(), timeout: self.timeout }
+        Exchange {
+            calls: self.calls.clone(),
+            target: self.target.clone(),
+            timeout: self.timeout,
+            connection: self.connection.clone(),
+        }
+    }
+}
+
+/// The number of the connection that there is, or that is being made: another after each that was lost, and no two of a
+/// process have the same.
+#[derive(Clone)]
+struct Connection(Arc<AtomicU64>);
+
+impl Connection {
+    fn unused() -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn new() -> Self {
+        Connection(Arc::new(AtomicU64::new(Connection::unused())))
+    }
+
+    fn number(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn is_lost(&self) {
+        self.0.store(Connection::unused(), Ordering::Release);
     }
 }
 
@@ -168,8 +202,20 @@ impl<P: Protocol> Exchange<P> {
         let (calls, receiver) = mpsc::channel(options.queue);
         let target = endpoint.uri().to_string();
         let timeout = options.timeout;
-        tokio::spawn(run::<P>(endpoint, target.clone(), receiver, options));
-        Exchange { calls, target, timeout }
+        let connection = Connection::new();
+        tokio::spawn(run::<P>(endpoint, target.clone(), receiver, options, connection.clone()));
+        Exchange { calls, target, timeout, connection }
+    }
+
+    /// Which connection calls go over now, for [`call_over`](Self::call_over). Another number once that was lost: before
+    /// anyone hears that his answer will not come.
+    pub fn connection(&self) -> u64 {
+        self.connection.number()
+    }
+
+    /// What waits to be sent over the connection that there is now will not be, nor over another.
+    pub fn give_up_connection(&self) {
+        self.connection.is_lost();
     }
 
     /// Queues the request now (so that calls keep their order) and gives a future for its answer.
@@ -177,9 +223,27 @@ impl<P: Protocol> Exchange<P> {
         &self,
         request: P::Request,
     ) -> impl Future<Output = Result<P::Reply, CallError>> + Send + use<P> {
+        self.wait_for(request, None)
+    }
+
+    /// As [`call`](Self::call), but once this connection is lost the request is not sent over the next one: there, it might
+    /// come before others that were lost with it.
+    pub fn call_over(
+        &self,
+        connection: u64,
+        request: P::Request,
+    ) -> impl Future<Output = Result<P::Reply, CallError>> + Send + use<P> {
+        self.wait_for(request, Some(connection))
+    }
+
+    fn wait_for(
+        &self,
+        request: P::Request,
+        connection: Option<u64>,
+    ) -> impl Future<Output = Result<P::Reply, CallError>> + Send + use<P> {
         let (reply, answer) = oneshot::channel();
         let deadline = Instant::now() + self.timeout;
-        self.call_then(request, move |result| drop(reply.send(result)));
+        self.queue(request, connection, Box::new(move |result| drop(reply.send(result))));
         let target = self.target.clone();
         async move {
             match tokio::time::timeout_at(deadline, answer).await {
@@ -197,8 +261,12 @@ impl<P: Protocol> Exchange<P> {
         request: P::Request,
         answer: impl FnOnce(Result<P::Reply, CallError>) + Send + 'static,
     ) {
+        self.queue(request, None, Box::new(answer));
+    }
+
+    fn queue(&self, request: P::Request, connection: Option<u64>, answer: Answer<P::Reply>) {
         let deadline = Instant::now() + self.timeout;
-        let call = Call { request, answer: Some(Box::new(answer)), deadline };
+        let call = Call { request, answer: Some(answer), deadline, connection };
         if let Err(error) = self.calls.try_send(call) {
             error.into_inner().fail(|| CallError::Overloaded(self.target.clone()));
         }
@@ -207,7 +275,7 @@ impl<P: Protocol> Exchange<P> {
     /// Queues a request whose answer nobody needs; in order with the calls of this handle.
     pub fn send(&self, request: P::Request) -> Result<(), CallError> {
         let deadline = Instant::now() + self.timeout;
-        let call = Call { request, answer: None, deadline };
+        let call = Call { request, answer: None, deadline, connection: None };
         self.calls.try_send(call).map_err(|_| CallError::Overloaded(self.target.clone()))
     }
 }
@@ -217,6 +285,7 @@ async fn run<P: Protocol>(
     target: String,
     mut calls: mpsc::Receiver<Call<P>>,
     options: Options,
+    connection: Connection,
 ) {
     let mut next_correlation = 1_u64;
     let mut backoff = Duration::from_millis(20);
@@ -239,7 +308,7 @@ async fn run<P: Protocol>(
                     inbound,
                     &mut next_correlation,
                     &options,
-                    &target,
+                    Line { target: &target, connection: &connection },
                 );
                 if ended.await {
                     return;
@@ -325,6 +394,12 @@ fn jitter() -> u16 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.subsec_nanos() as u16)
 }
 
+/// To whom it is spoken, and over which connection.
+struct Line<'a> {
+    target: &'a str,
+    connection: &'a Connection,
+}
+
 /// Speaks on one connection until it ends. True when no handle is left.
 async fn converse<P: Protocol>(
     calls: &mut mpsc::Receiver<Call<P>>,
@@ -333,7 +408,7 @@ async fn converse<P: Protocol>(
     mut inbound: Streaming<P::ReplyBatch>,
     next_correlation: &mut u64,
     options: &Options,
-    target: &str,
+    Line { target, connection }: Line<'_>,
 ) -> bool {
     let mut waiting: HashMap<u64, (Answer<P::Reply>, Instant)> = HashMap::new();
     let mut taken = Vec::with_capacity(options.batch);
@@ -353,7 +428,11 @@ async fn converse<P: Protocol>(
                 call.fail(|| CallError::TimedOut(target.to_owned()));
                 continue;
             }
-            let Call { mut request, answer, deadline } = call;
+            if call.connection.is_some_and(|meant| meant != connection.number()) {
+                call.fail(|| CallError::Disconnected(target.to_owned()));
+                continue;
+            }
+            let Call { mut request, answer, deadline, .. } = call;
             // What nobody waits for has none: it may be left unanswered.
             let mut correlation = 0;
             if let Some(answer) = answer {
@@ -404,6 +483,7 @@ async fn converse<P: Protocol>(
             },
         }
     };
+    connection.is_lost();
     for (_, (answer, _)) in waiting {
         answer(Err(CallError::Disconnected(target.to_owned())));
     }

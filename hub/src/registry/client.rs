@@ -1,7 +1,9 @@
 //! Speaking to the owners of topics: publishes that are sent again until a deadline, and questions about a topic.
 //!
-//! A task holds one stream to each owner. While a topic's owner cannot be had, its publishes are held back in the
-//! order in which they came; one of them is tried at a time, and when that goes through, the others follow at once.
+//! A task holds one stream to each owner. What is published to a topic is sequenced in the order of the calls, also while its
+//! slot moves and while its owner cannot be had ([`in_order`]).
+
+mod in_order;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -10,7 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use carillon_agent::{Instance, Role, SlotMap};
-use carillon_proto::exchange::{self, Exchange, Publishing};
+use carillon_proto::exchange::{self, CallError, Exchange, Publishing};
+use carillon_proto::topic::{self, SLOTS};
 use carillon_proto::v1::{self, PublishCode, registry_client::RegistryClient};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -20,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use self::in_order::{InOrder, Way};
 use crate::peers::{self, Directory};
 
 /// Limits of an [`OwnerClient`].
@@ -39,8 +43,9 @@ impl Default for Options {
     }
 }
 
-/// Between two attempts: grows from the first to the second, jittered.
+/// Between two attempts to ask: grows from the first to the second, jittered.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+/// How often it is looked for publishes that are to be tried again.
 const TICK: Duration = Duration::from_millis(10);
 
 /// Why a message was not accepted.
@@ -83,6 +88,12 @@ struct Call {
     _counted: Counted,
 }
 
+impl Call {
+    fn topic(&self) -> &str {
+        self.request.message.as_ref().map_or("", |message| &message.topic)
+    }
+}
+
 impl OwnerClient {
     /// Starts the task. Must be called within a tokio runtime.
     pub fn start(directory: Directory, options: Options) -> Self {
@@ -91,9 +102,8 @@ impl OwnerClient {
             directory: directory.clone(),
             options: options.clone(),
             owners: HashMap::new(),
-            lanes: HashMap::new(),
-            held: 0,
-            next_ticket: 0,
+            order: InOrder::new(),
+            accepted: vec![0; SLOTS as usize],
         };
         tokio::spawn(task.run(receiver));
         OwnerClient { directory, calls, bytes: Arc::default(), options }
@@ -199,25 +209,17 @@ fn jittered(wait: Duration) -> Duration {
     wait.mul_f64(rand::random_range(0.5..1.5))
 }
 
-type Answer = (u64, Call, Result<v1::Published, String>);
-
-/// The publishes of a topic that are held back, by ticket: the order in which they came.
-struct Lane {
-    held: BTreeMap<u64, Call>,
-    /// The one that is being tried.
-    trying: Option<u64>,
-    retry_at: Instant,
-    backoff: Duration,
-}
+type Answer = (u64, Call, Result<v1::Published, CallError>);
+type InFlight = FuturesUnordered<BoxFuture<'static, Answer>>;
 
 struct Publisher {
     directory: Directory,
     options: Options,
     /// By address; cancelled when no instance has the address any more, so that nothing waits for one that is gone.
     owners: HashMap<String, (Exchange<Publishing>, CancellationToken)>,
-    lanes: HashMap<String, Lane>,
-    held: usize,
-    next_ticket: u64,
+    order: InOrder<Call>,
+    /// By slot: the epoch in which its owner has accepted something last.
+    accepted: Vec<u64>,
 }
 
 /// Who owns what, looked up once for a batch of publishes.
@@ -228,47 +230,36 @@ struct View {
 
 impl Publisher {
     async fn run(mut self, mut calls: mpsc::Receiver<Call>) {
-        let mut in_flight: FuturesUnordered<BoxFuture<'static, Answer>> = FuturesUnordered::new();
+        let mut in_flight = InFlight::new();
         let mut taken = Vec::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
         let mut registries = self.directory.watch(Role::Registry);
         let mut slots = self.directory.agent().slots();
-        while open || !in_flight.is_empty() || self.held > 0 {
-            let room = self.options.queue.saturating_sub(in_flight.len() + self.held);
+        while open || !in_flight.is_empty() || self.order.held() > 0 {
+            let room = self.options.queue.saturating_sub(in_flight.len() + self.order.held());
             tokio::select! {
                 count = calls.recv_many(&mut taken, room.min(1024)), if open && room > 0 => {
                     open = count > 0;
                     let view = self.view();
                     for call in taken.drain(..) {
-                        let ticket = self.next_ticket;
-                        self.next_ticket += 1;
-                        let topic = call.request.message.as_ref().map_or("", |message| &message.topic);
-                        match self.lanes.get_mut(topic) {
-                            Some(lane) => {
-                                lane.held.insert(ticket, call);
-                                self.held += 1;
-                            }
-                            None => in_flight.push(self.send(&view, ticket, call)),
-                        }
+                        self.begin(&view, call, &in_flight);
                     }
                 }
-                Some(answer) = in_flight.next() => self.answered(answer, &mut in_flight),
-                _ = tick.tick(), if self.held > 0 => self.retry(&mut in_flight),
+                Some(answer) = in_flight.next() => self.answered(answer, &in_flight),
+                _ = tick.tick(), if self.order.held() > 0 => self.retry(&in_flight),
                 Ok(()) = slots.changed() => {
                     slots.borrow_and_update();
-                    // What was refused because a slot moves may be taken now.
-                    for lane in self.lanes.values_mut() {
-                        (lane.retry_at, lane.backoff) = (Instant::now(), BACKOFF.0);
-                    }
-                    self.retry(&mut in_flight);
+                    self.order.hurry(Instant::now());
+                    self.retry(&in_flight);
                 }
                 Ok(()) = registries.changed() => {
                     let alive = registries.borrow_and_update().clone();
-                    self.owners.retain(|address, (_, gone)| {
+                    self.owners.retain(|address, (exchange, gone)| {
                         let here = alive.iter().any(|one| one.addresses.get(peers::GRPC) == Some(address));
                         if !here {
+                            exchange.give_up_connection();
                             gone.cancel();
                         }
                         here
@@ -282,25 +273,27 @@ impl Publisher {
         View { slots: self.directory.slots(), registries: self.directory.live(Role::Registry) }
     }
 
-    fn send(&mut self, view: &View, ticket: u64, call: Call) -> BoxFuture<'static, Answer> {
-        let topic = call.request.message.as_ref().map_or("", |message| &message.topic);
-        let owner = view.slots.owner_of(topic).map(|(_, owner)| owner);
-        let instance =
-            owner.and_then(|owner| view.registries.iter().find(|instance| *instance.id == *owner.instance));
-        let Some(instance) = instance else {
-            return Box::pin(async move { (ticket, call, Err("the slot has no owner".to_owned())) });
+    /// How a topic's owner is reached, or why it cannot be.
+    fn way(&mut self, view: &View, topic: &str) -> (Way, Result<Target, CallError>) {
+        let unknown = |what: &str| Err(CallError::Disconnected(what.to_owned()));
+        let mut way = Way { epoch: 0, connection: 0, accepts: false };
+        let Some((slot, owner)) = view.slots.owner_of(topic) else {
+            return (way, unknown("the slot's owner: it has none"));
         };
-        let Some(address) = instance.addresses.get(peers::GRPC) else {
-            return Box::pin(async move { (ticket, call, Err("the owner has no address".to_owned())) });
+        way.epoch = owner.epoch;
+        way.accepts = self.accepted[slot as usize] == owner.epoch;
+        let instance = view.registries.iter().find(|instance| *instance.id == *owner.instance);
+        let Some((instance, address)) =
+            instance.and_then(|instance| Some((instance, instance.addresses.get(peers::GRPC)?)))
+        else {
+            return (way, unknown("the slot's owner: it is not there"));
         };
         let (exchange, gone) = match self.owners.get(address) {
             Some(owner) => owner.clone(),
             None => {
                 let endpoint = match peers::endpoint(&instance.id, address) {
                     Ok(endpoint) => endpoint,
-                    Err(error) => {
-                        return Box::pin(async move { (ticket, call, Err(error.to_string())) });
-                    }
+                    Err(error) => return (way, unknown(&error.to_string())),
                 };
                 let options =
                     exchange::Options { timeout: self.options.deadline, ..exchange::Options::default() };
@@ -309,103 +302,95 @@ impl Publisher {
                 owner
             }
         };
-        let answer = exchange.call(call.request.clone());
-        Box::pin(async move {
-            let answer = tokio::select! {
-                answer = answer => answer.map_err(|error| error.to_string()),
-                () = gone.cancelled_owned() => Err("the owner has gone".to_owned()),
-            };
-            (ticket, call, answer)
-        })
+        way.connection = exchange.connection();
+        (way, Ok(Target { exchange, gone }))
     }
 
-    fn answered(
-        &mut self,
-        (ticket, mut call, answer): Answer,
-        in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>,
-    ) {
-        let topic = call.request.message.as_ref().map_or(String::new(), |message| message.topic.clone());
+    fn begin(&mut self, view: &View, call: Call, in_flight: &InFlight) {
+        let (way, target) = self.way(view, call.topic());
+        let topic = call.topic().to_owned();
+        if let Some((ticket, call)) = self.order.begin(&topic, call, way) {
+            in_flight.push(send(ticket, call, way, target));
+        }
+    }
+
+    /// Sends what may go of a topic.
+    fn follow(&mut self, view: &View, topic: &str, in_flight: &InFlight) {
+        loop {
+            let (way, target) = self.way(view, topic);
+            let Some((ticket, call)) = self.order.next(topic, way, Instant::now()) else { return };
+            if call.reply.is_closed() {
+                // Its caller has given up.
+                self.order.dropped(topic, ticket);
+            } else {
+                in_flight.push(send(ticket, call, way, target));
+            }
+        }
+    }
+
+    fn answered(&mut self, (ticket, mut call, answer): Answer, in_flight: &InFlight) {
+        let topic = call.topic().to_owned();
         let outcome = match answer {
             Ok(published) => match published.code() {
-                PublishCode::Accepted => Ok(Ok(published)),
+                PublishCode::Accepted => {
+                    let accepted = &mut self.accepted[topic::slot_of(&topic) as usize];
+                    *accepted = published.epoch.max(*accepted);
+                    Ok(Ok(published))
+                }
                 PublishCode::Refused | PublishCode::Unspecified => {
                     Ok(Err(PublishError::Refused(published.text)))
                 }
                 code => Err(format!("{}: {}", code.as_str_name(), published.text)),
             },
-            Err(text) => Err(text),
+            Err(error) => Err(error.to_string()),
         };
         match outcome {
             Ok(result) => {
                 let _ = call.reply.send(result);
-                if self.lanes.get(&topic).is_some_and(|lane| lane.trying == Some(ticket)) {
-                    self.open_lane(&topic, in_flight);
-                }
+                self.order.settled(&topic, ticket);
             }
             Err(text) => {
-                let lane = self.lanes.entry(topic).or_insert_with(|| Lane {
-                    held: BTreeMap::new(),
-                    trying: None,
-                    retry_at: Instant::now() + jittered(BACKOFF.0),
-                    backoff: BACKOFF.0,
-                });
-                if lane.trying == Some(ticket) {
-                    lane.trying = None;
-                    lane.backoff = (lane.backoff * 2).min(BACKOFF.1);
-                    lane.retry_at = Instant::now() + jittered(lane.backoff);
-                }
                 *call.last.lock() = text;
                 // It may have been carried out all the same.
                 call.request.idempotent |=
                     call.request.message.as_ref().is_some_and(|message| !message.id.is_empty());
-                lane.held.insert(ticket, call);
-                self.held += 1;
+                self.order.failed(&topic, ticket, call, Instant::now());
             }
+        }
+        if self.order.held() > 0 {
+            self.follow(&self.view(), &topic, in_flight);
         }
     }
 
-    /// The topic's owner answers again: what was held back follows, in order.
-    fn open_lane(&mut self, topic: &str, in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>) {
-        let Some(lane) = self.lanes.remove(topic) else { return };
-        self.held -= lane.held.len();
+    fn retry(&mut self, in_flight: &InFlight) {
+        if self.order.held() + in_flight.len() >= self.options.queue {
+            // No room for more: at once, not when their turn comes.
+            self.order.give_up(|call| call.reply.is_closed());
+        }
         let view = self.view();
-        for (ticket, call) in lane.held {
-            if !call.reply.is_closed() {
-                in_flight.push(self.send(&view, ticket, call));
-            }
+        for topic in self.order.due(Instant::now()) {
+            self.follow(&view, &topic, in_flight);
         }
     }
+}
 
-    fn retry(&mut self, in_flight: &mut FuturesUnordered<BoxFuture<'static, Answer>>) {
-        let now = Instant::now();
-        let mut due = Vec::new();
-        // While there is no room for more, at once; else when their turn comes.
-        let full = self.held + in_flight.len() >= self.options.queue;
-        let held = &mut self.held;
-        self.lanes.retain(|_, lane| {
-            let waits = lane.retry_at > now || lane.trying.is_some();
-            if full || !waits {
-                // Their callers have given up.
-                let before = lane.held.len();
-                lane.held.retain(|_, call| !call.reply.is_closed());
-                *held -= before - lane.held.len();
-            }
-            if waits {
-                return true;
-            }
-            if let Some((ticket, call)) = lane.held.pop_first() {
-                *held -= 1;
-                lane.trying = Some(ticket);
-                due.push((ticket, call));
-            }
-            lane.trying.is_some()
-        });
-        if due.is_empty() {
-            return;
-        }
-        let view = self.view();
-        for (ticket, call) in due {
-            in_flight.push(self.send(&view, ticket, call));
-        }
-    }
+/// Where a publish goes.
+struct Target {
+    exchange: Exchange<Publishing>,
+    gone: CancellationToken,
+}
+
+fn send(ticket: u64, call: Call, way: Way, target: Result<Target, CallError>) -> BoxFuture<'static, Answer> {
+    let Target { exchange, gone } = match target {
+        Ok(target) => target,
+        Err(error) => return Box::pin(async move { (ticket, call, Err(error)) }),
+    };
+    let answer = exchange.call_over(way.connection, call.request.clone());
+    Box::pin(async move {
+        let answer = tokio::select! {
+            answer = answer => answer,
+            () = gone.cancelled_owned() => Err(CallError::Disconnected("the slot's owner: it is gone".to_owned())),
+        };
+        (ticket, call, answer)
+    })
 }
