@@ -96,6 +96,7 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
             grpc,
             http: Some(http),
             data_dir: process.data_dir.path().to_owned(),
+            take_over_saver: args.take_over_saver,
             advertise,
             labels,
             console: console::router(),

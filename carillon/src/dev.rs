@@ -62,6 +62,8 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
             grpc: hub_grpc,
             http: Some(http),
             data_dir: data_dir.path().to_owned(),
+            // All of it is in one directory, keeper and store: what is missing there was taken away.
+            take_over_saver: Some("*".to_owned()),
             advertise: BTreeMap::new(),
             labels: BTreeMap::new(),
             console: console::router(),

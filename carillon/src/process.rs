@@ -53,7 +53,7 @@ where
             () = signals.next() => std::process::exit(INTERRUPTED),
         };
         match failed {
-            Some(reason) => bail!("the keeper cannot go on: {reason}"),
+            Some(reason) => bail!("{reason}"),
             None => drained,
         }
     });
@@ -102,6 +102,14 @@ pub struct Running {
     pub data_dir: DataDir,
 }
 
+/// The end of a part that may not be there.
+async fn of(failed: Option<impl Future<Output = String>>) -> String {
+    match failed {
+        Some(failed) => failed.await,
+        None => std::future::pending().await,
+    }
+}
+
 /// A keeper that its readiness probe looks at while the process owns it.
 #[derive(Clone)]
 pub struct SharedKeeper(Arc<Mutex<Option<KeeperHandle>>>);
@@ -138,10 +146,11 @@ impl Running {
         let keeper = self.keeper.as_ref().and_then(|keeper| {
             keeper.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(KeeperHandle::failed)
         });
+        let hub = self.hub.as_ref().map(HubHandle::failed);
         async move {
-            match keeper {
-                Some(failed) => failed.await,
-                None => std::future::pending().await,
+            tokio::select! {
+                reason = of(keeper) => format!("the keeper cannot go on: {reason}"),
+                reason = of(hub) => format!("the hub cannot go on: {reason}"),
             }
         }
     }

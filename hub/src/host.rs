@@ -10,6 +10,7 @@ use axum::serve::ListenerExt;
 use carillon_agent::app::App;
 use carillon_agent::{Agent, Instance, Role};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ use crate::coordinator::{Coordinator, CoordinatorDeps};
 use crate::dispatcher::{self, Dispatcher};
 use crate::peers::{Directory, GRPC, WINDOW_BYTES};
 use crate::registry::{OwnerClient, Registry, RegistryDeps, client};
-use crate::saver::{Saver, SaverError, SaverOptions};
+use crate::saver::{Claim, Saver, SaverError, SaverOptions};
 use crate::shares::{Shares, SharesDeps};
 
 /// Name of the address that backends and devices speak HTTP to.
@@ -45,6 +46,8 @@ pub struct HubOptions {
     pub http: Option<TcpListener>,
     /// The saver's store is in `saver` below it.
     pub data_dir: PathBuf,
+    /// Id of the store that was the cluster's saver and is given up for the one here; `*`: whichever was.
+    pub take_over_saver: Option<String>,
     /// Where others reach this instance, "host:port" by name (`grpc`, `http`); what is not said is the listener's own
     /// address.
     pub advertise: BTreeMap<String, String>,
@@ -88,6 +91,8 @@ pub struct HubHandle {
     stop_http: CancellationToken,
     stop_grpc: CancellationToken,
     servers: Vec<(&'static str, JoinHandle<()>)>,
+    /// Why it cannot go on.
+    failure: watch::Receiver<Option<String>>,
 }
 
 impl Hub {
@@ -117,7 +122,22 @@ impl Hub {
             }
             false => None,
         };
+        let (failed, failure) = watch::channel(None);
         if let Some(saver) = &saver {
+            if let Some(store) = saver.embedded() {
+                let (store, instance) = (store.clone(), options.instance_id.clone());
+                let claim = Claim { store, instance, admin: agent.admin() };
+                if let Err(error) = claim.make(options.take_over_saver.as_deref()).await {
+                    saver.stop().await;
+                    return Err(error.into());
+                }
+                let stopped = stop_grpc.clone();
+                tokio::spawn(async move {
+                    if let Some(reason) = stopped.run_until_cancelled(claim.keep()).await {
+                        failed.send_replace(Some(reason));
+                    }
+                });
+            }
             let closing = close_abandoned(saver.store().clone(), agent.instances(Role::Gateway));
             let stopped = stop_grpc.clone();
             tokio::spawn(async move { stopped.run_until_cancelled(closing).await });
@@ -223,6 +243,7 @@ impl Hub {
             stop_http,
             stop_grpc,
             servers,
+            failure,
         })
     }
 }
@@ -239,6 +260,19 @@ impl HubHandle {
 
     pub fn instance(&self) -> &Instance {
         &self.instance
+    }
+
+    /// Resolves when it cannot go on, with the reason: another store is the cluster's saver by now.
+    pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        let mut failure = self.failure.clone();
+        async move {
+            let reason = failure.wait_for(Option::is_some).await.map(|reason| reason.clone());
+            match reason {
+                Ok(reason) => reason.unwrap_or_default(),
+                // Nobody looks any more, and so nothing fails.
+                Err(_) => std::future::pending().await,
+            }
+        }
     }
 
     /// Is it discoverable, are all slots owned, and is there a saver? For readiness probes.

@@ -3,6 +3,7 @@
 //! [`Store`] is what a back end does; [`Embedded`] is the one that needs nothing but a directory;
 //! [`SaverService`] serves either over gRPC. [`Saver`] puts them together.
 
+mod claim;
 #[doc(hidden)] // For the tests of back ends.
 pub mod conformance;
 mod embedded;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use carillon_proto::{MAX_GRPC_MESSAGE_BYTES, v1};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::claim::Claim;
 pub use self::embedded::{DirectoryError, Embedded, Limits};
 pub use self::metrics::Metrics;
 pub use self::service::{SaverService, ServiceLimits};
@@ -55,6 +57,9 @@ pub enum SaverError {
     Directory(#[from] DirectoryError),
     #[error("saver metrics: {0}")]
     Metrics(#[from] prometheus::Error),
+    /// The keeper says that another store is the cluster's, or that this process may not have one.
+    #[error("{0}")]
+    NotTheSaver(String),
     #[error("saver store: opening it was cut short: {0}")]
     Interrupted(#[from] tokio::task::JoinError),
 }
@@ -63,6 +68,7 @@ pub enum SaverError {
 #[derive(Clone)]
 pub struct Saver {
     store: Arc<dyn Store>,
+    embedded: Option<Arc<Embedded>>,
     service: SaverService,
     stop: CancellationToken,
 }
@@ -81,14 +87,15 @@ impl Saver {
             tokio::task::spawn_blocking(move || Embedded::open(&data_dir, &cluster, limits, metrics))
                 .await??
         };
-        Ok(Saver::over(Arc::new(store), service, metrics))
+        let store = Arc::new(store);
+        Ok(Saver { embedded: Some(store.clone()), ..Saver::over(store, service, metrics) })
     }
 
     /// A saver over a store that is open.
     pub fn over(store: Arc<dyn Store>, limits: ServiceLimits, metrics: Metrics) -> Saver {
         let stop = CancellationToken::new();
         let service = SaverService::new(store.clone(), limits, metrics, stop.clone());
-        Saver { store, service, stop }
+        Saver { store, embedded: None, service, stop }
     }
 
     /// The gRPC service, with its message limits set, for a tonic router.
@@ -101,6 +108,11 @@ impl Saver {
     /// The store itself, for what is not on the wire.
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
+    }
+
+    /// The store, if it is one of which a cluster may have one only.
+    pub(crate) fn embedded(&self) -> Option<&Arc<Embedded>> {
+        self.embedded.as_ref()
     }
 
     /// Streams take no more requests, what is pending is written out, the directory is let go of. What is asked

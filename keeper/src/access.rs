@@ -74,7 +74,7 @@ pub(crate) fn need(path: &str) -> Option<Need> {
         ) => Need::Look,
         ("Keeper", "ListInstances" | "KeeperStatus" | "MemberList") => Need::Look,
         ("Keeper", "Register" | "LeaseKeepAlive" | "LeaseRevoke") => Need::BeInstance,
-        ("Keeper", "ReportConfig" | "AnswerCommand" | "YieldSlots") => Need::BeInstance,
+        ("Keeper", "ReportConfig" | "AnswerCommand" | "YieldSlots" | "ClaimSaver") => Need::BeInstance,
         ("Keeper", "PublishConfig" | "ReleaseConfig") => Need::Configure,
         ("Keeper", "Txn" | "LeaseGrant" | "SendCommand") => Need::Operate,
         ("Keeper", "MemberAdd" | "MemberRemove" | "LeadershipTransfer" | "SaveSnapshot") => Need::Operate,

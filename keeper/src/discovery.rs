@@ -155,6 +155,7 @@ impl Core {
                 caller.check_instance(present)?;
             }
             let present_lease = self.node.state().get(&key).map_or(0, |item| item.lease);
+            let claim = self.check_saver(&instance)?;
             let mod_revision = present.as_ref().map_or(0, |(revision, _)| *revision);
             let before = present.as_ref().map_or(0, |(_, before)| before.incarnation);
             if before > instance.incarnation {
@@ -177,7 +178,8 @@ impl Core {
                 // After the put: the key has passed to the new lease and does not vanish in between.
                 then.push(revoke(present_lease));
             }
-            let compare = vec![compare_mod_revision(&key, mod_revision)];
+            let mut compare = vec![compare_mod_revision(&key, mod_revision)];
+            compare.extend(claim);
             let present_token = self.node.state().lease_token(lease);
             if let Some(revision) =
                 self.write(v1::TxnRequest { compare, then, otherwise: Vec::new() }).await?

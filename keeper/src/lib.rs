@@ -23,6 +23,7 @@ pub mod metrics;
 mod origin;
 mod peers;
 mod raft;
+mod saver_claim;
 mod secured;
 mod seldom;
 mod service;

@@ -12,6 +12,7 @@ use v1::op::Op;
 
 use crate::access::{self, Caller};
 use crate::core::{Core, Shared};
+use crate::saver_claim::SAVER_ROLE;
 
 /// Longest key, bytes.
 const MAX_KEY_BYTES: usize = 1024;
@@ -378,6 +379,20 @@ impl Keeper for Service {
         let request = request.into_inner();
         self.allowed(self.core.check_registered(&caller, &request.instance).await)?;
         self.core.yield_slots(request).await.map(Response::new)
+    }
+
+    async fn claim_saver(&self, request: Request<v1::ClaimSaverRequest>) -> Answer<v1::ClaimSaverResponse> {
+        self.count("claim_saver");
+        let caller = Caller::of(&request);
+        let request = request.into_inner();
+        // Whose instance it is to be: a hub's, and its own if the certificate says which.
+        let saver = v1::InstanceRecord {
+            id: request.instance.clone(),
+            roles: vec![SAVER_ROLE.to_owned()],
+            ..Default::default()
+        };
+        self.allowed(caller.check_instance(&saver))?;
+        self.core.claim_saver(request).await.map(Response::new)
     }
 
     async fn send_command(

@@ -129,6 +129,14 @@ impl Cluster {
         self.registries.push(process);
     }
 
+    /// One more hub process with these flags, on a data directory `name` of its own. It need not become ready.
+    pub fn hub_beside(&self, name: &str, flags: &[&str]) -> Process {
+        let [grpc, http, ops] = addresses(self.ip);
+        let [grpc, http] = [grpc, http].map(|address| address.to_string());
+        let role = ["hub", "--keeper", &self.keeper_url, "--grpc", &grpc, "--http", &http];
+        Process::start(self.dir.path(), name, &[&role[..], flags].concat(), ops, &self.client)
+    }
+
     /// SIGKILL to the last of them.
     pub async fn kill_registry(&mut self) {
         self.registries.pop().expect("one was added").kill().await;
@@ -150,6 +158,12 @@ impl Cluster {
     pub async fn restart_hub(&mut self) {
         self.hub.again();
         self.ready().await;
+    }
+
+    /// The hub again, on the same data, which is to end by itself.
+    pub async fn start_hub_again(&mut self) -> std::process::ExitStatus {
+        self.hub.again();
+        self.hub.gone().await
     }
 
     /// The same for the keeper, of which there is one.

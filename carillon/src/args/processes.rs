@@ -180,6 +180,9 @@ pub struct HubArgs {
         default_value = "registry,center,saver,coordinator,dispatcher", value_parser = hub_role
     )]
     pub roles: Vec<Role>,
+    /// The store of the saver that is lost, or given up with all messages and sessions in it: the one here is the saver instead
+    #[arg(long, env = "CARILLON_TAKE_OVER_SAVER", value_name = "STORE")]
+    pub take_over_saver: Option<String>,
     /// The API for backends, and the console
     #[arg(long, env = "CARILLON_HTTP", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     pub http: SocketAddr,

@@ -87,6 +87,7 @@ pub(crate) struct Opened {
 
 /// The embedded store.
 pub struct Embedded {
+    id: String,
     queue: mpsc::Sender<Op>,
     queue_bytes: Arc<Semaphore>,
     readers: Arc<Semaphore>,
@@ -145,6 +146,7 @@ impl Embedded {
         metrics.log_bytes.set(index.bytes as i64);
         metrics.retained.set(index.retained.len() as i64);
         metrics.writable.set(1);
+        let id = directory.id().to_owned();
         let opened = Arc::new(Opened { disk, directory });
         let index = Arc::new(RwLock::new(index));
         let (queue, receiver) = mpsc::channel(limits.queue);
@@ -165,6 +167,7 @@ impl Embedded {
             |source| DirectoryError::Io { path: root.to_owned(), action: "start the writer for it", source },
         )?;
         Ok(Embedded {
+            id,
             queue,
             queue_bytes: Arc::new(Semaphore::new(limits.queue_bytes)),
             readers: Arc::new(Semaphore::new(limits.readers)),
@@ -172,6 +175,30 @@ impl Embedded {
             opened: RwLock::new(Some(opened)),
             limits,
             metrics,
+        })
+    }
+
+    /// Which store it is, wherever its directory is moved to.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Was it the cluster's saver, as the keeper said last?
+    pub fn is_claimed(&self) -> bool {
+        self.opened.read().as_ref().is_some_and(|opened| opened.directory.is_claimed())
+    }
+
+    /// The keeper has said whether it is. Durable when this returns.
+    pub async fn set_claimed(&self, claimed: bool) -> Result<(), DirectoryError> {
+        let Some(opened) = self.opened.read().clone().filter(|one| one.directory.is_claimed() != claimed)
+        else {
+            return Ok(());
+        };
+        let root = opened.directory.root().to_owned();
+        let written = tokio::task::spawn_blocking(move || opened.directory.set_claimed(claimed)).await;
+        written.unwrap_or_else(|error| {
+            let source = std::io::Error::other(error);
+            Err(DirectoryError::Io { path: root, action: "write marker.json", source })
         })
     }
 

@@ -75,6 +75,7 @@ impl Cluster {
             grpc: TcpListener::bind("127.0.0.1:0").await.unwrap(),
             http: Some(TcpListener::bind("127.0.0.1:0").await.unwrap()),
             data_dir: self.dir.path().join("hub"),
+            take_over_saver: None,
             advertise: BTreeMap::new(),
             labels: BTreeMap::new(),
             // A console takes all paths that are nobody else's.

@@ -166,6 +166,30 @@ impl Admin {
         Err(AdminError::Command { name, instance, outcome, output: command.output })
     }
 
+    /// As a hub with a store of its own: says that this store is the cluster's saver. `take_over`: the store that is given up
+    /// for it. [`AdminError::Invalid`] when another is; saying it twice does no harm.
+    pub async fn claim_saver(
+        &self,
+        store: &str,
+        instance: &str,
+        take_over: Option<&str>,
+    ) -> Result<(), AdminError> {
+        let request = v1::ClaimSaverRequest {
+            store: store.to_owned(),
+            instance: instance.to_owned(),
+            take_over: take_over.unwrap_or_default().to_owned(),
+        };
+        let claim = async |mut client: KeeperClient<Channel>, request| match client.claim_saver(request).await
+        {
+            // A keeper that is older than claims.
+            Err(status) if status.code() == tonic::Code::Unimplemented => {
+                Ok(tonic::Response::new(v1::ClaimSaverResponse {}))
+            }
+            answer => answer,
+        };
+        self.call(request, claim).await.map(drop)
+    }
+
     /// As the owner of slots that are to go to others: hands these over, by slot and epoch. Returns how many have gone;
     /// saying it twice does no harm.
     pub async fn yield_slots(

@@ -12,6 +12,8 @@ pub const RELEASES: &str = "carillon/releases/";
 pub const INSTANCES: &str = "carillon/instances/";
 /// `SlotRecord`.
 pub const SLOTS: &str = "carillon/slots";
+/// `SaverClaim`: which store is the embedded saver.
+pub const SAVER: &str = "carillon/saver";
 /// `{instance}/{id}` → `CommandRecord`.
 pub const COMMANDS: &str = "carillon/commands/";
 /// `{instance}/{document}` → `AppliedConfig`, under the instance's lease.

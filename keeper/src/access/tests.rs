@@ -62,6 +62,7 @@ fn what_each_role_may() {
         ("Keeper/LeaseRevoke", "operator gateway hub"),
         ("Keeper/ReportConfig", "operator gateway hub"),
         ("Keeper/AnswerCommand", "operator gateway hub"),
+        ("Keeper/ClaimSaver", "operator gateway hub"),
         ("Keeper/PublishConfig", "operator hub"),
         ("Keeper/Txn", "operator"),
         ("Keeper/LeaseGrant", "operator"),

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! DIR/lock           held (flock) by the process that has the store open
-//! DIR/marker.json    format, cluster, and whether the database was made completely
+//! DIR/marker.json    format, cluster, the store's own id, and whether the database was made completely
 //! DIR/db/            the database
 //! ```
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +43,12 @@ struct Marker {
     format: u32,
     cluster: String,
     ready: bool,
+    /// Which store it is, of all that there are. Older versions gave none.
+    #[serde(default)]
+    id: String,
+    /// The keeper has taken it for the cluster's saver.
+    #[serde(default)]
+    claimed: bool,
 }
 
 /// An opened, locked directory. Dropping it lets go of the lock.
@@ -52,6 +59,8 @@ pub struct Directory {
     // Held for the lock on it.
     _lock: File,
     fresh: bool,
+    id: String,
+    claimed: AtomicBool,
 }
 
 impl Directory {
@@ -80,8 +89,14 @@ impl Directory {
             Err(TryLockError::WouldBlock) => return Err(DirectoryError::InUse(root.to_owned())),
             Err(TryLockError::Error(source)) => return Err(io("lock the directory")(source)),
         }
-        let mut directory =
-            Directory { root: root.to_owned(), cluster: cluster.to_owned(), _lock: lock, fresh: false };
+        let mut directory = Directory {
+            root: root.to_owned(),
+            cluster: cluster.to_owned(),
+            _lock: lock,
+            fresh: false,
+            id: uuid::Uuid::new_v4().to_string(),
+            claimed: AtomicBool::new(false),
+        };
         match std::fs::read(&marker) {
             Ok(bytes) => directory.check(&bytes)?,
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -118,7 +133,33 @@ impl Directory {
             return Err(corrupt("the folder db is missing".to_owned()));
         }
         self.fresh = !marker.ready;
+        match marker.id.is_empty() {
+            false => (self.id, self.claimed) = (marker.id, marker.claimed.into()),
+            // One of before there were ids: what is there was the saver.
+            true => {
+                self.claimed = marker.ready.into();
+                self.write_marker(marker.ready)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Which store it is, wherever the directory is moved to.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Was it the cluster's saver, as the keeper said last?
+    pub fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::Relaxed)
+    }
+
+    /// The keeper has said whether it is; durable when this returns.
+    pub fn set_claimed(&self, claimed: bool) -> Result<(), DirectoryError> {
+        if self.claimed.swap(claimed, Ordering::Relaxed) == claimed {
+            return Ok(());
+        }
+        self.write_marker(!self.fresh)
     }
 
     /// The database's folder.
@@ -143,8 +184,14 @@ impl Directory {
     }
 
     fn write_marker(&self, ready: bool) -> Result<(), DirectoryError> {
-        let marker =
-            Marker { store: "saver".to_owned(), format: FORMAT, cluster: self.cluster.clone(), ready };
+        let marker = Marker {
+            store: "saver".to_owned(),
+            format: FORMAT,
+            cluster: self.cluster.clone(),
+            ready,
+            id: self.id.clone(),
+            claimed: self.is_claimed(),
+        };
         let write = || -> std::io::Result<()> {
             let temporary = self.root.join("marker.tmp");
             let mut file = File::create(&temporary)?;
