@@ -20,6 +20,10 @@ use crate::slots::Assignment;
 /// 1 January 2025, Unix time in microseconds: no clock that is right says less.
 const EARLIEST_US: u64 = 1_735_689_600_000_000;
 
+/// What a snapshot says of these is not so any more: commands, which would be carried out a second time, and whose store is the
+/// saver, which may have been given up since; whoever is it by now claims it again.
+const FORGOTTEN: [&str; 2] = [keys::COMMANDS, keys::SAVER];
+
 /// Why a snapshot is of no use.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -107,7 +111,7 @@ fn raise(path: &Path, file: &mut SnapshotFile, now_us: u64) -> Result<(), Snapsh
         value: slots.under(now_us).to_record().encode_to_vec().into(),
         lease: 0,
     });
-    state.raise(now_us, slots.as_slice());
+    state.raise(now_us, slots.as_slice(), &FORGOTTEN);
     Ok(())
 }
 

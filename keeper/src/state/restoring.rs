@@ -12,9 +12,9 @@ impl State {
     }
 
     /// Goes on above `floor`, which is larger than all that was ever given out: tokens of leases, in their order, and
-    /// revisions. `changed` is written at the first new revision. No watch is resumed from before: what it has seen
+    /// revisions. `changed` is written at the first new revision, and what begins with one of `forgotten` is deleted. No watch is resumed from before: what it has seen
     /// since may not have happened here.
-    pub(crate) fn raise(&mut self, floor: u64, changed: &[Put]) {
+    pub(crate) fn raise(&mut self, floor: u64, changed: &[Put], forgotten: &[&str]) {
         let mut leases: Vec<_> = self.leases.values_mut().collect();
         leases.sort_by_key(|lease| lease.granted);
         let mut revision = floor;
@@ -25,6 +25,12 @@ impl State {
         revision += 1;
         for put in changed {
             self.put(revision, put);
+        }
+        for prefix in forgotten {
+            let keys: Vec<String> = self.prefix(prefix).map(|(key, _)| key.to_owned()).collect();
+            for key in keys {
+                self.delete(revision, &key);
+            }
         }
         self.revision = revision;
         self.events.clear();
