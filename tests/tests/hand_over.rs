@@ -1,4 +1,4 @@
-//! Slots that go from one living hub to another, under devices that publish all the while.
+//! Slots that go from one living hub to another, under devices and backends that publish all the while.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use carillon_tests::cluster::Cluster;
 use carillon_tests::mqtt::{Answer, Connect, Device, Publish};
-use tokio::sync::mpsc;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, mpsc};
 
 const PUBACK: u8 = 0x40;
 /// Devices that publish, each to two topics of its own.
@@ -16,6 +18,8 @@ const PUBLISHERS: usize = 16;
 /// Publishes of one device that are not acknowledged yet.
 const WINDOW: u32 = 4;
 const PACE: Duration = Duration::from_millis(10);
+/// One of these tests at a time: they measure.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// What a device has published, and when its acknowledgements came.
 struct Published {
@@ -76,6 +80,7 @@ fn longest(times: impl Iterator<Item = Instant>, from: Instant, until: Instant) 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hubs_join_and_drain_under_devices_that_publish_and_nothing_is_lost_or_out_of_order() {
+    let _alone = ALONE.lock().await;
     let mut cluster = Cluster::start(1, "").await;
     let server = cluster.gateways[0].mqtt;
     let (to, mut arrived) = mpsc::unbounded_channel();
@@ -143,4 +148,71 @@ async fn hubs_join_and_drain_under_devices_that_publish_and_nothing_is_lost_or_o
     let handed_over = logs.matches("slots handed over").count();
     assert!(handed_over >= 8, "the old owners have handed over themselves: {handed_over} times");
     assert!(!logs.contains("did not give up slots in time"), "and in time");
+}
+
+/// Pushes batches of lines to some topics, one batch after the other, until it is told to stop. Nothing of a batch waits for the
+/// answer to another line. Gives what each topic's lines were numbered as, in their order.
+async fn backend(
+    name: usize,
+    request: impl Fn() -> reqwest::RequestBuilder,
+    stop: Arc<AtomicBool>,
+) -> BTreeMap<String, Vec<(u64, u64)>> {
+    const TOPICS: usize = 8;
+    const LINES: usize = 200;
+    let mut numbers: BTreeMap<String, Vec<(u64, u64)>> = BTreeMap::new();
+    for batch in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let line = |n: usize| {
+            let topic = format!("pushed/{name}/{}", n % TOPICS);
+            let line =
+                json!({ "topic": topic, "payload": n.to_string(), "id": format!("{name}-{batch}-{n}") });
+            format!("{line}\n")
+        };
+        let body: String = (0..LINES).map(line).collect();
+        let answer = request().body(body).send().await.expect("an answer").text().await.expect("a body");
+        assert_eq!(answer.lines().count(), LINES);
+        for line in answer.lines() {
+            let answer: Value = serde_json::from_str(line).expect("JSON");
+            let number = |field: &str| answer[field].as_u64().unwrap_or_else(|| panic!("{answer}"));
+            let topic = answer["topic"].as_str().expect("a topic").to_owned();
+            // One that was tried again may have been accepted before: its number is the first one's.
+            numbers.entry(topic).or_default().push((number("epoch"), number("seq")));
+        }
+    }
+    numbers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_backends_pipeline_is_numbered_in_its_order_while_hubs_join_and_drain() {
+    let _alone = ALONE.lock().await;
+    let mut cluster = Cluster::start(1, "").await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let backends: Vec<_> = (0..4)
+        .map(|name| {
+            let request = cluster.request(Method::POST, "messages:batch");
+            let request = move || request.try_clone().expect("it has no body yet");
+            tokio::spawn(backend(name, request, stop.clone()))
+        })
+        .collect();
+    for _ in 0..2 {
+        cluster.add_registry().await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        cluster.stop_registry().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (mut total, mut moved) = (0, 0);
+    for backend in backends {
+        for (topic, numbers) in backend.await.expect("no panic") {
+            total += numbers.len();
+            moved += numbers.windows(2).filter(|pair| pair[0].0 != pair[1].0).count();
+            for pair in numbers.windows(2) {
+                assert!(pair[0] < pair[1], "{topic}: {:?} was pushed before {:?}", pair[0], pair[1]);
+            }
+        }
+    }
+    eprintln!("{total} pushed; topics got another owner {moved} times");
+    assert!(moved >= 16, "half of 32 topics, there and back: {moved}");
 }
