@@ -8,7 +8,7 @@ use carillon_proto::exchange::CallError;
 use carillon_proto::topic;
 use carillon_proto::v1::{self, PublishCode};
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::in_order::{Begun, InOrder, Next, Publish};
@@ -24,11 +24,15 @@ pub const QUOTA_EXCEEDED: u8 = 0x97;
 
 /// Before a second try; doubled with each further one. It is over when the slots change.
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
+/// How long it is waited for an answer before it is looked whether what waits for it is out of time.
+const WAIT: Duration = Duration::from_millis(500);
 
 /// The order of one connection's publishes.
 #[derive(Clone, Default)]
 pub struct Publisher {
     order: Arc<Mutex<InOrder>>,
+    /// Something that was sent for the first time has been answered.
+    answered: Arc<Notify>,
 }
 
 /// A slot's owner, if it has one, and the epoch of its ownership.
@@ -70,7 +74,7 @@ impl Link {
             Begun::Send(ticket, publish) => self.send(publisher, ticket, publish, (owner, epoch)),
             Begun::Waits => {}
             Begun::WaitsFirst => {
-                drop(self.inner.runtime.spawn(self.clone().try_again(publisher.clone(), slot)))
+                drop(self.inner.runtime.spawn(self.clone().try_again(publisher.clone(), slot, None)))
             }
         }
     }
@@ -81,6 +85,13 @@ impl Link {
         slots.owner_of(topic).map_or((None, 0), |(_, owner)| (Some(owner.instance.clone()), owner.epoch))
     }
 
+    /// The same epoch, by slot.
+    fn epoch_of(&self, slot: u32) -> u64 {
+        let slots = self.inner.slots.load();
+        let owner = slots.slots.get(slot as usize).filter(|owner| !owner.instance.is_empty());
+        owner.map_or(0, |owner| owner.epoch)
+    }
+
     /// Has the slot's owner accepted a publish from here in this epoch?
     fn accepts(&self, slot: u32, epoch: u64) -> bool {
         self.inner.accepted[slot as usize].load(Ordering::Relaxed) == epoch
@@ -88,41 +99,59 @@ impl Link {
 
     fn send(&self, publisher: &Publisher, ticket: u64, publish: Publish, owner: Owner) {
         let (message, idempotent, slot) = (publish.message.clone(), publish.idempotent, publish.slot);
-        let (link, publisher) = (self.clone(), publisher.clone());
+        let (link, publisher, epoch) = (self.clone(), publisher.clone(), owner.1);
         self.forward(owner, message, idempotent, move |answer| {
             let outcome = outcome(answer);
             let mut order = publisher.order.lock();
             order.answered(ticket);
             if let Some(reason) = outcome {
                 drop(order);
+                publisher.answered.notify_waiters();
                 return (publish.done)(PublishOutcome { reason });
             }
             // A task only for what needs another try.
             if order.failed(ticket, publish) {
-                link.inner.runtime.spawn(link.clone().try_again(publisher.clone(), slot));
+                link.inner.runtime.spawn(link.clone().try_again(publisher.clone(), slot, Some(epoch)));
             }
+            drop(order);
+            publisher.answered.notify_waiters();
         });
     }
 
-    /// Looks after what is to be tried again in a slot, until nothing is.
-    async fn try_again(self, publisher: Publisher, slot: u32) {
+    /// Looks after what is to be tried again in a slot, until nothing is. `failed`: the epoch of the owner that has just not
+    /// accepted something; it is asked again after a pause, and another at once.
+    async fn try_again(self, publisher: Publisher, slot: u32, mut failed: Option<u64>) {
         let mut backoff = FIRST_BACKOFF;
-        let mut pauses = true;
         loop {
-            if std::mem::replace(&mut pauses, true) {
-                tokio::select! {
-                    () = tokio::time::sleep(backoff) => {}
-                    () = self.inner.slots_changed.notified() => backoff = FIRST_BACKOFF,
+            // Before it is looked at what they tell of.
+            let changed = self.inner.slots_changed.notified();
+            let answered = publisher.answered.notified();
+            tokio::pin!(changed, answered);
+            changed.as_mut().enable();
+            answered.as_mut().enable();
+            if let Some(epoch) = failed.take() {
+                if self.epoch_of(slot) == epoch {
+                    tokio::select! {
+                        () = tokio::time::sleep(backoff) => {}
+                        () = changed => backoff = FIRST_BACKOFF,
+                    }
+                } else {
+                    backoff = FIRST_BACKOFF;
                 }
+                continue;
             }
             let next = publisher.order.lock().next(slot, Instant::now());
             let (ticket, message, idempotent) = match next {
-                Next::Wait => continue,
+                Next::Wait => {
+                    tokio::select! {
+                        () = answered => {}
+                        () = tokio::time::sleep(WAIT) => {}
+                    }
+                    continue;
+                }
                 Next::End => return,
                 Next::GiveUp(publish) => {
                     (publish.done)(PublishOutcome { reason: UNSPECIFIED_ERROR });
-                    // Those behind it may be late as well.
-                    pauses = false;
                     continue;
                 }
                 Next::Try(ticket, message, idempotent) => (ticket, message, idempotent),
@@ -133,8 +162,10 @@ impl Link {
             let (answered, answer) = oneshot::channel();
             let topic = message.topic.clone();
             let owner = self.owner_now(&topic);
+            let tried = owner.1;
             self.forward(owner, message, idempotent, move |result| drop(answered.send(result)));
             let Some(reason) = answer.await.ok().and_then(outcome) else {
+                failed = Some(tried);
                 backoff = (backoff * 2).min(Duration::from_millis(500));
                 continue;
             };

@@ -24,7 +24,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use self::in_order::{InOrder, Way};
-use crate::peers::{self, Directory};
+use crate::peers::{self, Directory, PeerError};
 
 /// Limits of an [`OwnerClient`].
 #[derive(Debug, Clone)]
@@ -209,7 +209,8 @@ fn jittered(wait: Duration) -> Duration {
     wait.mul_f64(rand::random_range(0.5..1.5))
 }
 
-type Answer = (u64, Call, Result<v1::Published, CallError>);
+/// With the epoch in which it was sent.
+type Answer = (u64, Call, u64, Result<v1::Published, CallError>);
 type InFlight = FuturesUnordered<BoxFuture<'static, Answer>>;
 
 struct Publisher {
@@ -251,6 +252,7 @@ impl Publisher {
                 _ = tick.tick(), if self.order.held() > 0 => self.retry(&in_flight),
                 Ok(()) = slots.changed() => {
                     slots.borrow_and_update();
+                    self.connect();
                     self.order.hurry(Instant::now());
                     self.retry(&in_flight);
                 }
@@ -288,22 +290,36 @@ impl Publisher {
         else {
             return (way, unknown("the slot's owner: it is not there"));
         };
-        let (exchange, gone) = match self.owners.get(address) {
-            Some(owner) => owner.clone(),
-            None => {
-                let endpoint = match peers::endpoint(&instance.id, address) {
-                    Ok(endpoint) => endpoint,
-                    Err(error) => return (way, unknown(&error.to_string())),
-                };
-                let options =
-                    exchange::Options { timeout: self.options.deadline, ..exchange::Options::default() };
-                let owner = (Exchange::start(endpoint, options), CancellationToken::new());
-                self.owners.insert(address.clone(), owner.clone());
-                owner
+        match self.owner_at(&instance.id, address) {
+            Ok(target) => {
+                way.connection = target.exchange.connection();
+                (way, Ok(target))
             }
-        };
-        way.connection = exchange.connection();
-        (way, Ok(Target { exchange, gone }))
+            Err(error) => (way, unknown(&error.to_string())),
+        }
+    }
+
+    fn owner_at(&mut self, instance: &str, address: &str) -> Result<Target, PeerError> {
+        if let Some((exchange, gone)) = self.owners.get(address) {
+            return Ok(Target { exchange: exchange.clone(), gone: gone.clone() });
+        }
+        let options = exchange::Options { timeout: self.options.deadline, ..exchange::Options::default() };
+        let exchange = Exchange::start(peers::endpoint(instance, address)?, options);
+        let gone = CancellationToken::new();
+        self.owners.insert(address.to_owned(), (exchange.clone(), gone.clone()));
+        Ok(Target { exchange, gone })
+    }
+
+    /// To those who are to own slots soon, before there is something to send.
+    fn connect(&mut self) {
+        let view = self.view();
+        for instance in view.registries.iter() {
+            let is_next = view.slots.moving_to.values().any(|next| **next == *instance.id);
+            if let Some(address) = instance.addresses.get(peers::GRPC).filter(|_| is_next) {
+                // An address that is none is said when it is needed.
+                let _ = self.owner_at(&instance.id, address);
+            }
+        }
     }
 
     fn begin(&mut self, view: &View, call: Call, in_flight: &InFlight) {
@@ -328,13 +344,14 @@ impl Publisher {
         }
     }
 
-    fn answered(&mut self, (ticket, mut call, answer): Answer, in_flight: &InFlight) {
+    fn answered(&mut self, (ticket, mut call, epoch, answer): Answer, in_flight: &InFlight) {
         let topic = call.topic().to_owned();
         let outcome = match answer {
             Ok(published) => match published.code() {
                 PublishCode::Accepted => {
+                    // Not the epoch in the answer: of a duplicate it is the first one's.
                     let accepted = &mut self.accepted[topic::slot_of(&topic) as usize];
-                    *accepted = published.epoch.max(*accepted);
+                    *accepted = epoch.max(*accepted);
                     Ok(Ok(published))
                 }
                 PublishCode::Refused | PublishCode::Unspecified => {
@@ -354,7 +371,8 @@ impl Publisher {
                 // It may have been carried out all the same.
                 call.request.idempotent |=
                     call.request.message.as_ref().is_some_and(|message| !message.id.is_empty());
-                self.order.failed(&topic, ticket, call, Instant::now());
+                let owner = self.directory.slots().owner_of(&topic).map_or(0, |(_, owner)| owner.epoch);
+                self.order.failed(&topic, ticket, call, Instant::now(), owner != epoch);
             }
         }
         if self.order.held() > 0 {
@@ -383,7 +401,7 @@ struct Target {
 fn send(ticket: u64, call: Call, way: Way, target: Result<Target, CallError>) -> BoxFuture<'static, Answer> {
     let Target { exchange, gone } = match target {
         Ok(target) => target,
-        Err(error) => return Box::pin(async move { (ticket, call, Err(error)) }),
+        Err(error) => return Box::pin(async move { (ticket, call, way.epoch, Err(error)) }),
     };
     let answer = exchange.call_over(way.connection, call.request.clone());
     Box::pin(async move {
@@ -391,6 +409,6 @@ fn send(ticket: u64, call: Call, way: Way, target: Result<Target, CallError>) ->
             answer = answer => answer,
             () = gone.cancelled_owned() => Err(CallError::Disconnected("the slot's owner: it is gone".to_owned())),
         };
-        (ticket, call, answer)
+        (ticket, call, way.epoch, answer)
     })
 }

@@ -1,6 +1,6 @@
 //! The registry's metrics: names and help in one table.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 pub const PUBLISHED: (&str, &str) =
     ("carillon_registry_published_total", "Publishes answered, by code (accepted, duplicate, not_owner, …)");
@@ -34,6 +34,11 @@ pub const UNANSWERED: (&str, &str) =
 pub const BROADCASTS: (&str, &str) =
     ("carillon_registry_broadcasts_active", "Broadcast jobs that run or pause");
 
+pub const TAKE_OVER: (&str, &str) = (
+    "carillon_registry_take_over_seconds",
+    "From hearing that slots are its own until the saver has fenced them: publishers wait for that",
+);
+
 #[derive(Clone)]
 pub struct Metrics {
     pub published: IntCounterVec,
@@ -51,6 +56,7 @@ pub struct Metrics {
     pub attached: IntGauge,
     pub unanswered: IntGauge,
     pub broadcasts: IntGauge,
+    pub take_over: Histogram,
 }
 
 impl Metrics {
@@ -71,6 +77,10 @@ impl Metrics {
             registry.register(Box::new(counters.clone()))?;
             Ok::<_, prometheus::Error>(counters)
         };
+        let take_over = HistogramOpts::new(TAKE_OVER.0, TAKE_OVER.1)
+            .buckets(vec![0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]);
+        let take_over = Histogram::with_opts(take_over)?;
+        registry.register(Box::new(take_over.clone()))?;
         Ok(Metrics {
             published: counters(PUBLISHED, "code")?,
             delivered: counter(DELIVERED)?,
@@ -87,6 +97,7 @@ impl Metrics {
             attached: gauge(ATTACHED)?,
             unanswered: gauge(UNANSWERED)?,
             broadcasts: gauge(BROADCASTS)?,
+            take_over,
         })
     }
 }

@@ -27,8 +27,8 @@ const FORMAT: u32 = 1;
 const HEAD_BYTES: usize = 8 + 4 + 8;
 /// Largest file that is written or read: four times what 20,000 instances take.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
-/// It is written no more often than this …
-const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// It is written so long after a change, with all others by then: what changes is often being acted upon, on the same disk …
+const WRITE_AFTER: Duration = Duration::from_secs(1);
 /// … and, when that has failed, tried again after this.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
@@ -151,8 +151,11 @@ impl Cache {
     /// Writes what has changed, for as long as the agent runs.
     pub(crate) async fn run(self: Arc<Self>) {
         let mut said = false;
+        // The first at once: there may be nothing to start from yet.
+        let mut pause = Duration::ZERO;
         loop {
             self.changed.notified().await;
+            sleep(std::mem::replace(&mut pause, WRITE_AFTER)).await;
             while let Err(error) = self.write().await {
                 if !said {
                     let path = self.options.path.display().to_string();
@@ -162,7 +165,6 @@ impl Cache {
                 sleep(RETRY_AFTER).await;
             }
             said = false;
-            sleep(WRITE_EVERY).await;
         }
     }
 

@@ -109,8 +109,9 @@ impl<C> InOrder<C> {
         }
     }
 
-    /// One that was sent is to be tried again, and everything behind it waits.
-    pub fn failed(&mut self, topic: &str, ticket: u64, call: C, now: Instant) {
+    /// One that was sent is to be tried again, and everything behind it waits. After a pause, unless the owner `is_another` by
+    /// now.
+    pub fn failed(&mut self, topic: &str, ticket: u64, call: C, now: Instant, is_another: bool) {
         self.answered(topic);
         let lane =
             self.lanes.entry(topic.into()).or_insert_with(|| Lane { waiting: BTreeMap::new(), again: None });
@@ -123,6 +124,9 @@ impl<C> InOrder<C> {
             again.trying = None;
             again.backoff = (again.backoff * 2).min(BACKOFF.1);
             again.at = now + jittered(again.backoff);
+        }
+        if is_another {
+            (again.at, again.backoff) = (now, BACKOFF.0);
         }
         lane.waiting.insert(ticket, call);
         self.held += 1;

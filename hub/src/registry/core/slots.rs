@@ -87,6 +87,11 @@ impl Core {
         }
     }
 
+    /// Has the saver fenced all slots?
+    pub fn is_in_force(&self) -> bool {
+        self.slots.values().all(|slot| slot.fence == Fence::InForce)
+    }
+
     /// Receivers may learn of a slot's new epoch before we do: what they say of it waits for a moment.
     fn hold(&mut self, slot: u32, said: Said, now_ms: u64) {
         let early = Early { until_ms: now_ms + EARLY_MS, slot, said };

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use carillon_proto::exchange::{CallError, Exchange, Saving};
 use carillon_proto::now_ms;
@@ -36,6 +36,8 @@ pub struct Worker {
     announcing: HashMap<u64, (Arc<Announcing>, usize)>,
     next_token: u64,
     asks: FuturesUnordered<BoxFuture<'static, Answer>>,
+    /// Since when there are slots that the saver has not fenced yet.
+    taking: Option<Instant>,
     sizes: Arc<Mutex<Vec<Sizes>>>,
 }
 
@@ -51,6 +53,7 @@ impl Worker {
             announcing: HashMap::new(),
             next_token: 1,
             asks: FuturesUnordered::new(),
+            taking: None,
             sizes,
         }
     }
@@ -90,6 +93,9 @@ impl Worker {
             }
             self.core.turn(&mut outputs);
             self.perform(&mut outputs);
+            if let Some(since) = self.taking.take_if(|_| self.core.is_in_force()) {
+                self.deps.metrics.take_over.observe(since.elapsed().as_secs_f64());
+            }
         }
     }
 
@@ -131,8 +137,16 @@ impl Worker {
                 }
             }
             Input::Slots(slots) => {
+                let was_in_force = self.core.is_in_force();
                 self.core.set_slots(&slots.owned, now_ms);
                 self.core.set_coming(&slots.coming);
+                if !slots.coming.is_empty() {
+                    // Connected before it is needed.
+                    drop(self.deps.directory.saver());
+                }
+                if was_in_force && !self.core.is_in_force() {
+                    self.taking = Some(Instant::now());
+                }
             }
             Input::Live(live) => self.core.set_live(live),
             Input::Apps(apps) => self.core.set_apps(apps),

@@ -39,7 +39,7 @@ fn a_new_owner_gets_nothing_before_the_former_one_has_answered_and_then_one() {
     assert!(order.begin("demo/g/b", 7, way(2, false)).is_some(), "another topic");
     assert!(order.begin(TOPIC, 2, way(2, false)).is_none());
     assert_eq!(numbers(&mut order, way(2, true), now), NONE, "though others have found that it accepts");
-    order.failed(TOPIC, zero, first, now);
+    order.failed(TOPIC, zero, first, now, false);
     assert_eq!(order.held(), 3);
     assert_eq!(numbers(&mut order, way(2, false), now), NONE, "it has its pause");
     order.hurry(now);
@@ -62,19 +62,21 @@ fn what_comes_back_is_tried_alone_after_all_that_was_under_way() {
     for call in 0..3 {
         order.begin(TOPIC, call, way(1, true)).unwrap();
     }
-    order.failed(TOPIC, 1, 1, now);
+    order.failed(TOPIC, 1, 1, now, false);
     order.hurry(now);
     assert_eq!(numbers(&mut order, way(1, true), now), NONE, "0 may come back, too");
-    order.failed(TOPIC, 0, 0, now);
+    order.failed(TOPIC, 0, 0, now, false);
     assert_eq!(numbers(&mut order, way(1, true), now), NONE);
-    order.failed(TOPIC, 2, 2, now);
+    order.failed(TOPIC, 2, 2, now, false);
     order.hurry(now);
     assert_eq!(numbers(&mut order, way(1, true), now), [0]);
-    order.failed(TOPIC, 0, 0, now);
+    order.failed(TOPIC, 0, 0, now, false);
     assert_eq!(numbers(&mut order, way(1, true), now), NONE, "a pause again");
     assert_eq!(numbers(&mut order, way(1, true), now + 2 * BACKOFF.1), [0]);
+    order.failed(TOPIC, 0, 0, now, true);
+    assert_eq!(numbers(&mut order, way(2, false), now), [0], "another owner needs none");
     order.settled(TOPIC, 0);
-    assert_eq!(numbers(&mut order, way(1, true), now), [1, 2]);
+    assert_eq!(numbers(&mut order, way(2, true), now), [1, 2]);
 }
 
 #[test]
@@ -84,7 +86,7 @@ fn over_another_connection_nothing_goes_before_the_answers_of_the_first() {
     let (zero, first) = order.begin(TOPIC, 0, way(1, true)).unwrap();
     let again = Way { connection: 2, ..way(1, true) };
     assert!(order.begin(TOPIC, 1, again).is_none(), "the first may have been lost");
-    order.failed(TOPIC, zero, first, now);
+    order.failed(TOPIC, zero, first, now, false);
     order.hurry(now);
     assert_eq!(numbers(&mut order, again, now), [0]);
     order.settled(TOPIC, zero);
@@ -96,7 +98,7 @@ fn what_nobody_wants_any_more_is_dropped() {
     let now = Instant::now();
     let mut order = InOrder::new();
     let (zero, first) = order.begin(TOPIC, 0, way(1, true)).unwrap();
-    order.failed(TOPIC, zero, first, now);
+    order.failed(TOPIC, zero, first, now, false);
     for call in 1..4 {
         assert!(order.begin(TOPIC, call, way(1, true)).is_none());
     }
@@ -245,7 +247,7 @@ impl World {
                         self.accepted_in = self.accepted_in.max(epoch);
                         self.order.settled(TOPIC, ticket);
                     }
-                    None => self.order.failed(TOPIC, ticket, call, self.now),
+                    None => self.order.failed(TOPIC, ticket, call, self.now, false),
                 }
                 self.follow();
             }
@@ -258,7 +260,7 @@ impl World {
                     .chain(self.requests[owner].drain(..))
                     .collect();
                 for (ticket, call) in lost {
-                    self.order.failed(TOPIC, ticket, call, self.now);
+                    self.order.failed(TOPIC, ticket, call, self.now, false);
                 }
                 self.follow();
             }
