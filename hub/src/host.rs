@@ -125,8 +125,7 @@ impl Hub {
         let (failed, failure) = watch::channel(None);
         if let Some(saver) = &saver {
             if let Some(store) = saver.embedded() {
-                let (store, instance) = (store.clone(), options.instance_id.clone());
-                let claim = Claim { store, instance, admin: agent.admin() };
+                let claim = Claim::new(store.clone(), options.instance_id.clone(), agent.admin());
                 if let Err(error) = claim.make(options.take_over_saver.as_deref()).await {
                     saver.stop().await;
                     return Err(error.into());

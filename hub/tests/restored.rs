@@ -53,6 +53,15 @@ async fn a_saver_that_has_seen_later_epochs_takes_a_restored_clusters_messages()
     let restored = keeper(directory, &address).await;
     std::mem::replace(&mut cluster.keeper, restored).stop().await;
 
+    // The claim on the saver is not in a restored cluster; but the hub that has the store is there, and claims it again.
+    for refusal in ["hub-1", "--take-over-saver"] {
+        eventually(refusal, async || {
+            let refused = cluster.admin.claim_saver("another", "hub-2", None).await.unwrap_err();
+            refused.to_string().contains(refusal).then_some(())
+        })
+        .await;
+    }
+
     // The same hub process, all the while.
     let (epoch, next) = eventually("it owns its slots under a new epoch", async || {
         Some(accepted(&cluster, "after").await).filter(|(epoch, _)| *epoch > seen)

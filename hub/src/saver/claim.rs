@@ -17,12 +17,18 @@ const LOST_AFTER: Duration = Duration::from_secs(30);
 
 /// One store's claim.
 pub(crate) struct Claim {
-    pub store: Arc<Embedded>,
-    pub instance: String,
-    pub admin: Admin,
+    store: Arc<Embedded>,
+    instance: String,
+    admin: Admin,
+    look: Duration,
+    lost_after: Duration,
 }
 
 impl Claim {
+    pub fn new(store: Arc<Embedded>, instance: String, admin: Admin) -> Self {
+        Claim { store, instance, admin, look: LOOK, lost_after: LOST_AFTER }
+    }
+
     /// Before the store is served. One that was the saver when the keeper was asked last goes on as such while no keeper
     /// answers; another waits for one. `take_over`: the store that is given up for this one.
     ///
@@ -52,13 +58,13 @@ impl Claim {
     pub async fn keep(self) -> String {
         let mut refused_since = None;
         loop {
-            tokio::time::sleep(LOOK.mul_f64(rand::random_range(0.8..1.2))).await;
+            tokio::time::sleep(self.look.mul_f64(rand::random_range(0.8..1.2))).await;
             match self.ask(None).await {
                 Ok(Asked::Granted) => refused_since = None,
                 Ok(Asked::Refused(text)) => {
                     let since = *refused_since.get_or_insert_with(Instant::now);
                     tracing::error!(reason = text, "this store is not the cluster's saver any more");
-                    if since.elapsed() >= LOST_AFTER {
+                    if since.elapsed() >= self.lost_after {
                         return text;
                     }
                 }
@@ -87,4 +93,87 @@ enum Asked {
     Granted,
     Refused(String),
     NoAnswer(AdminError),
+}
+
+#[cfg(test)]
+mod tests {
+    use carillon_keeper::{Keeper, KeeperHandle, KeeperOptions};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::saver::{Limits, Metrics, Store as _};
+
+    const WAIT: Duration = Duration::from_secs(30);
+
+    fn store(dir: &std::path::Path) -> Arc<Embedded> {
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        Arc::new(Embedded::open(dir, "test", Limits::default(), metrics).unwrap())
+    }
+
+    async fn keeper(dir: &std::path::Path) -> KeeperHandle {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Keeper::start(KeeperOptions::new(dir.join("keeper"), listener, Vec::new())).await.unwrap()
+    }
+
+    fn claim(store: &Arc<Embedded>, instance: &str, keeper: &str) -> Claim {
+        let moment = Duration::from_millis(50);
+        let claim = Claim::new(store.clone(), instance.to_owned(), Admin::new(vec![keeper.to_owned()]));
+        Claim { look: moment, lost_after: 4 * moment, ..claim }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_was_given_up_while_it_ran_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let keeper = keeper(dir.path()).await;
+        let (one, two) = (store(&dir.path().join("one")), store(&dir.path().join("two")));
+        let first = claim(&one, "hub-1", &keeper.endpoint());
+        first.make(None).await.unwrap();
+        let mut kept = tokio::spawn(first.keep());
+        assert!(tokio::time::timeout(Duration::from_secs(1), &mut kept).await.is_err(), "it stands");
+        let second = claim(&two, "hub-2", &keeper.endpoint());
+        let refused = second.make(None).await.unwrap_err();
+        assert!(refused.to_string().contains(one.id()), "{refused}");
+        assert!(one.is_claimed() && !two.is_claimed());
+        // It is not in discovery, as if it were cut off.
+        second.make(Some(one.id())).await.unwrap();
+        let lost = tokio::time::timeout(WAIT, kept).await.expect("it ends").unwrap();
+        assert!(lost.contains(two.id()), "{lost}");
+        assert!(!one.is_claimed() && two.is_claimed());
+        keeper.stop().await;
+    }
+
+    #[tokio::test]
+    async fn without_a_keeper_only_the_store_goes_on_that_was_the_saver() {
+        let dir = tempfile::tempdir().unwrap();
+        let keeper = keeper(dir.path()).await;
+        let (one, two) = (store(&dir.path().join("one")), store(&dir.path().join("two")));
+        claim(&one, "hub-1", &keeper.endpoint()).make(None).await.unwrap();
+        let (id, gone) = (one.id().to_owned(), keeper.endpoint());
+        keeper.stop().await;
+        one.stop().await;
+        drop(one);
+        let one = store(&dir.path().join("one"));
+        assert_eq!(one.id(), id, "wherever it is, and however often it is opened");
+        tokio::time::timeout(WAIT, claim(&one, "hub-1", &gone).make(None)).await.unwrap().unwrap();
+        let second = claim(&two, "hub-2", &gone);
+        let waits = second.make(None);
+        assert!(tokio::time::timeout(Duration::from_secs(1), waits).await.is_err(), "it waits");
+    }
+
+    #[tokio::test]
+    async fn a_store_of_before_there_were_ids_gets_one_and_was_the_saver() {
+        let dir = tempfile::tempdir().unwrap();
+        let opened = store(dir.path());
+        opened.stop().await;
+        drop(opened);
+        let marker = dir.path().join("marker.json");
+        std::fs::write(&marker, r#"{"store":"saver","format":1,"cluster":"test","ready":true}"#).unwrap();
+        let opened = store(dir.path());
+        assert!(opened.is_claimed());
+        let id = opened.id().to_owned();
+        assert!(!id.is_empty());
+        opened.stop().await;
+        drop(opened);
+        assert_eq!(store(dir.path()).id(), id);
+    }
 }
