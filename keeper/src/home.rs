@@ -4,6 +4,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rand::RngExt as _;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,8 @@ pub enum HomeError {
     Format { path: PathBuf, found: u32 },
     #[error("{} belongs to cluster {found}, not to {expected}", path.display())]
     OtherCluster { path: PathBuf, found: String, expected: String },
+    #[error("a cluster that exists has claimed this keeper: none is founded with it")]
+    Claimed,
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
 }
@@ -44,11 +47,16 @@ struct Record {
     cluster_id: String,
     /// Random: never an ordinal, so that a node which has lost its disk is another node.
     node_id: u64,
+    /// A cluster that exists has taken it in, or had the node that was here before: this one never founds one. A second of
+    /// the same id would come of it, if the first lost sight of the node before it was a member.
+    #[serde(default)]
+    claimed: bool,
 }
 
 impl Record {
-    fn new() -> Self {
-        Record { format: FORMAT, cluster_id: String::new(), node_id: rand::rng().random_range(1..=u64::MAX) }
+    fn new(claimed: bool) -> Self {
+        let node_id = rand::rng().random_range(1..=u64::MAX);
+        Record { format: FORMAT, cluster_id: String::new(), node_id, claimed }
     }
 
     fn identity(&self) -> Arc<Identity> {
@@ -62,8 +70,11 @@ impl Record {
 pub(crate) struct Home {
     path: PathBuf,
     identity: Arc<Identity>,
+    claimed: AtomicBool,
     /// Held while the identity is written.
     settling: parking_lot::Mutex<()>,
+    /// Held while this node founds a cluster, and while another claims it.
+    founding: Arc<tokio::sync::Mutex<()>>,
     /// Kept open for its lock.
     _lock: File,
 }
@@ -88,7 +99,7 @@ impl Home {
         let record = if identity_path.exists() {
             read(&identity_path)?
         } else {
-            let record = Record::new();
+            let record = Record::new(false);
             write(path, &record).map_err(io)?;
             tracing::info!(node = node_text(record.node_id), "a new keeper node");
             record
@@ -108,7 +119,9 @@ impl Home {
             _ => Ok(Home {
                 path: path.to_owned(),
                 identity: record.identity(),
+                claimed: AtomicBool::new(record.claimed),
                 settling: parking_lot::Mutex::new(()),
+                founding: Arc::default(),
                 _lock: lock,
             }),
         }
@@ -118,28 +131,56 @@ impl Home {
         &self.identity
     }
 
-    /// Writes down which cluster this node belongs to. It never changes after that.
+    /// Has a cluster that exists claimed this node, or the one that was here before?
+    pub(crate) fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn founding(&self) -> &Arc<tokio::sync::Mutex<()>> {
+        &self.founding
+    }
+
+    /// Writes down which cluster is founded with this node. It never changes after that.
     pub(crate) fn settle(&self, cluster: &str) -> Result<(), HomeError> {
+        self.write_cluster(cluster, false)
+    }
+
+    /// Writes down which cluster has claimed this node: it is founded already.
+    pub(crate) fn claim(&self, cluster: &str) -> Result<(), HomeError> {
+        self.write_cluster(cluster, true)
+    }
+
+    fn write_cluster(&self, cluster: &str, claim: bool) -> Result<(), HomeError> {
         let _one_at_a_time = self.settling.lock();
+        let claimed = self.is_claimed();
+        if claimed && !claim {
+            return Err(HomeError::Claimed);
+        }
         match self.identity.cluster() {
-            Some(present) if *present == *cluster => return Ok(()),
-            Some(present) => {
+            Some(present) if *present == *cluster && claimed == claim => return Ok(()),
+            Some(present) if *present != *cluster => {
                 return Err(HomeError::OtherCluster {
                     path: self.path.clone(),
                     found: present.to_string(),
                     expected: cluster.to_owned(),
                 });
             }
-            None => {}
+            _ => {}
         }
-        let record =
-            Record { format: FORMAT, cluster_id: cluster.to_owned(), node_id: self.identity.node_id() };
+        let record = Record {
+            format: FORMAT,
+            cluster_id: cluster.to_owned(),
+            node_id: self.identity.node_id(),
+            claimed: claim,
+        };
         write(&self.path, &record).map_err(|source| HomeError::Io { path: self.path.clone(), source })?;
+        self.claimed.store(record.claimed, Ordering::SeqCst);
         self.identity.set_cluster(cluster);
         Ok(())
     }
 
-    /// Makes this a blank node with a new id. What the former one held is put aside, in `former`.
+    /// Makes this a blank node with a new id, which joins the cluster that goes on without the former one. What that one
+    /// held is put aside, in `former`.
     pub(crate) fn start_over(&mut self) -> Result<(), HomeError> {
         let start_over = || -> io::Result<Record> {
             let former = self.path.join(FORMER);
@@ -150,13 +191,14 @@ impl Home {
             fs::copy(self.path.join(IDENTITY), former.join(IDENTITY))?;
             // The new identity first: after a crash in between, a log is found with an identity that is of no cluster,
             // and put aside as well.
-            let record = Record::new();
+            let record = Record::new(true);
             write(&self.path, &record)?;
             set_aside(&self.path)?;
             Ok(record)
         };
         let record = start_over().map_err(|source| HomeError::Io { path: self.path.clone(), source })?;
         self.identity = record.identity();
+        self.claimed = AtomicBool::new(record.claimed);
         Ok(())
     }
 }

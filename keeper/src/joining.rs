@@ -4,6 +4,9 @@
 //! A cluster is founded by the first of the configured peers (in the order of their names), with all of them as voters from
 //! the first entry on, and only when every other peer has answered that it is blank: a founder that has lost its disk
 //! finds the others with a log, and joins them like everyone else. So nothing is acknowledged that only the founder has.
+//!
+//! A node that a cluster has claimed (`member add`) founds none, and none is founded with it, also when nothing came of the
+//! claim: it would be a second cluster of the same id. It waits until a member takes it in.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -135,6 +138,7 @@ pub(crate) async fn join(
                 Err(status) => missing.push(format!("{address} ({})", status.message())),
             }
         }
+        let claimed = blank.iter().find(|(_, answer)| answer.claimed).map(|(address, _)| (*address).clone());
         let known = core.node.identity().cluster();
         let told = members.iter().chain(&blank).filter(|(_, answer)| !answer.cluster_id.is_empty());
         let first_told = told.clone().next().map(|(_, answer)| answer.cluster_id.clone());
@@ -165,8 +169,21 @@ pub(crate) async fn join(
                     Err(status) => format!("a keeper that takes this one in ({})", status.message()),
                 }
             }
+            None if home.is_claimed() => {
+                let cluster = known.as_deref().map(|id| format!(" {id}")).unwrap_or_default();
+                format!(
+                    "cluster{cluster}, which has claimed this node: add it again (member add), or name a member in --peers; if that cluster is gone, start this node with an empty directory"
+                )
+            }
+            None if let Some(address) = claimed => {
+                format!("the cluster that has claimed the keeper at {address}: none is founded with that one")
+            }
             // An id that is there already is from a founding that was interrupted: nobody has a log, so nothing was decided.
             None if may_found && missing.is_empty() => {
+                let _not_claimed = home.founding().lock().await;
+                if home.is_claimed() {
+                    continue;
+                }
                 let new = uuid::Uuid::new_v4().to_string();
                 let cluster = expected.unwrap_or(&new);
                 home.settle(cluster)?;
@@ -212,7 +229,7 @@ async fn adopt(
     cluster: &str,
 ) -> Result<BTreeMap<u64, String>, Status> {
     let told = blank.iter().map(|(address, answer)| async move {
-        let request = v1::AdoptRequest { cluster_id: cluster.to_owned(), node_id: answer.node_id };
+        let request = v1::AdoptRequest { cluster_id: cluster.to_owned(), node_id: answer.node_id, claim: false };
         network.stranger(address)?.adopt(within(ASK_TIMEOUT, request)).await?;
         Ok((answer.node_id, (*address).clone()))
     });

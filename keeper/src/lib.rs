@@ -300,7 +300,7 @@ impl Keeper {
         let running = Running { server, tasks, observer, _registered: registered, _home: home.clone() };
         let mut handle = KeeperHandle { addr, core: core.clone(), failure, running: Some(running) };
         let cluster_id = options.cluster_id;
-        if options.peers.is_empty() {
+        if options.peers.is_empty() && !home.is_claimed() {
             let alone = async {
                 joining::join(&core, &home, &advertise, &[], cluster_id.as_deref()).await?;
                 // Others may have been taken in since; then one of them may lead.

@@ -234,6 +234,7 @@ impl KeeperPeer for Peers {
             leader_id: progress.leader.unwrap_or(0),
             members: node.members(),
             confirmed: certain,
+            claimed: self.home.upgrade().is_some_and(|home| home.is_claimed()),
         }))
     }
 
@@ -248,7 +249,21 @@ impl KeeperPeer for Peers {
             return Err(malformed("a cluster without an id"));
         }
         let home = self.home.upgrade().ok_or_else(|| Status::unavailable("the keeper is stopping"))?;
-        let settled = crate::blocking::run(move || home.settle(&request.cluster_id)).await;
+        let settled = if request.claim {
+            // Not while this node founds a cluster of its own.
+            let not_founding = home.founding().clone().lock_owned().await;
+            if self.core.node.is_initialized().await? {
+                let text = format!("keeper {} is a member of a cluster, or was one", node_text(own));
+                return Err(Status::failed_precondition(text));
+            }
+            crate::blocking::run(move || {
+                let _not_founding = not_founding;
+                home.claim(&request.cluster_id)
+            })
+            .await
+        } else {
+            crate::blocking::run(move || home.settle(&request.cluster_id)).await
+        };
         match settled {
             Ok(Ok(())) => Ok(Response::new(v1::AdoptResponse {})),
             Ok(Err(error)) => Err(Status::failed_precondition(error.to_string())),

@@ -579,7 +579,7 @@ async fn a_founding_that_was_interrupted_is_done_again() {
     let mut cluster = Cluster::plan(3).await;
     cluster.start(1).await;
     cluster.start(2).await;
-    let adopted = v1::AdoptRequest { cluster_id: "begun".to_owned(), node_id: cluster.id(1) };
+    let adopted = v1::AdoptRequest { cluster_id: "begun".to_owned(), node_id: cluster.id(1), claim: false };
     let url = format!("http://{}", cluster.nodes[1].address);
     let mut peer = v1::keeper_peer_client::KeeperPeerClient::connect(url).await.unwrap();
     peer.adopt(adopted).await.unwrap();
@@ -590,6 +590,52 @@ async fn a_founding_that_was_interrupted_is_done_again() {
     }
     cluster.write(2, "k", "1").await;
     cluster.stop_all().await;
+}
+
+/// `member add` has reached it, and then the leader was lost: nothing else came of it. Nobody that it knows is a member.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_a_cluster_has_claimed_founds_none_and_none_is_founded_with_it() {
+    // The one that would found, and the one that it would be founded with.
+    for claimed in [0, 1] {
+        let cluster = Cluster::of(1).await;
+        let id = cluster.keeper(0).status().cluster_id;
+        let mut strangers = Cluster::plan(2).await;
+        strangers.start(claimed).await;
+        let url = format!("http://{}", strangers.nodes[claimed].address);
+        let mut peer = v1::keeper_peer_client::KeeperPeerClient::connect(url).await.unwrap();
+        let node_id = strangers.id(claimed);
+        let claim = v1::AdoptRequest { cluster_id: id.clone(), node_id, claim: true };
+        peer.adopt(claim.clone()).await.unwrap();
+        let refused = peer.adopt(v1::AdoptRequest { claim: false, ..claim }).await.unwrap_err();
+        assert!(refused.message().contains("none is founded with it"), "{refused}");
+        // It is on the disk.
+        strangers.stop(claimed).await;
+        for place in [0, 1] {
+            strangers.start(place).await;
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(strangers.keeper(claimed).status().cluster_id, id);
+        for place in [0, 1] {
+            let status = strangers.keeper(place).status();
+            assert_eq!((status.term, status.applied_index), (0, 0), "claimed {claimed}: {status:?}");
+        }
+        // Nor does it when it is told of nobody else.
+        let peers = std::mem::take(&mut strangers.peers);
+        strangers.stop(claimed).await;
+        strangers.start(claimed).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let status = strangers.keeper(claimed).status();
+        assert_eq!((status.term, status.applied_index), (0, 0), "claimed {claimed}: {status:?}");
+        // Until it is taken in, and with it the one that waited for it.
+        let request = v1::MemberAddRequest { address: peers[claimed].clone() };
+        cluster.client(0).await.member_add(request).await.unwrap();
+        cluster.settled(3).await;
+        cluster.write(0, "k", "1").await;
+        assert_eq!(strangers.read(claimed, "k").await.as_deref(), Some("1"));
+        assert_eq!(strangers.keeper(1 - claimed).status().cluster_id, id);
+        strangers.stop_all().await;
+        cluster.stop_all().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -176,7 +176,7 @@ impl Node {
         if former.is_none() && members.len() >= MAX_MEMBERS {
             return Err(Status::failed_precondition(format!("a cluster has at most {MAX_MEMBERS} keepers")));
         }
-        let adopt = v1::AdoptRequest { cluster_id: own.to_string(), node_id: id };
+        let adopt = v1::AdoptRequest { cluster_id: own.to_string(), node_id: id, claim: true };
         client.adopt(within(IDENTIFY_TIMEOUT, adopt)).await?;
         if let Some(former) = former {
             tracing::warn!(
