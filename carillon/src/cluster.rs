@@ -70,8 +70,9 @@ pub async fn keeper(args: KeeperArgs, _logs: LogHandle) -> anyhow::Result<Runnin
     options.limits.snapshot_every = args.snapshot_every.unwrap_or(options.limits.snapshot_every);
     let keeper = start_keeper(options).await?;
     let keeper = SharedKeeper::new(keeper);
-    let watched = keeper.clone();
-    let running = process.running(Arc::new(move || watched.unmet()), args.process.drain());
+    let (watched, alive) = (keeper.clone(), keeper.clone());
+    let readiness = Arc::new(move || watched.unmet());
+    let running = process.running(readiness, Arc::new(move || alive.failure()), args.process.drain());
     tracing::info!(%address, "the keeper serves");
     Ok(Running { keeper: Some(keeper), ..running })
 }
@@ -108,7 +109,7 @@ pub async fn hub(args: HubArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let (watched, own) = (agent.clone(), args.roles);
     let readiness = Arc::new(move || roles::unmet(&own, &watched));
     let commands = carry_out_commands(&agent, logs, None);
-    let running = process.running(readiness, args.process.drain());
+    let running = process.running(readiness, Arc::new(|| None), args.process.drain());
     Ok(Running { hub: Some(hub), agent: Some(agent), commands: Some(commands), ..running })
 }
 
@@ -149,7 +150,7 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
     });
     let commands = carry_out_commands(&agent, logs, Some(gateway.mover()));
     tracing::info!("the gateway serves");
-    let running = process.running(readiness, args.process.drain());
+    let running = process.running(readiness, Arc::new(|| None), args.process.drain());
     Ok(Running {
         gateway: Some(gateway),
         drains: true,
@@ -236,7 +237,7 @@ impl Process {
     }
 
     /// Serves its metrics and health; the parts are added by the caller.
-    fn running(self, readiness: ops::Readiness, drain_within: Duration) -> Running {
+    fn running(self, readiness: ops::Readiness, liveness: ops::Liveness, drain_within: Duration) -> Running {
         Running {
             drain_within,
             gateway: None,
@@ -244,7 +245,7 @@ impl Process {
             hub: None,
             agent: None,
             keeper: None,
-            ops: ops::serve(self.ops, self.metrics, readiness),
+            ops: ops::serve(self.ops, self.metrics, readiness, liveness),
             commands: None,
             data_dir: self.data_dir,
         }

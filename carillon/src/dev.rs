@@ -48,7 +48,7 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     ops::register_process(&metrics, "dev")?;
     let mut keeper = cluster::keeper_options(&data_dir, keeper_grpc, &metrics);
     keeper.cluster_id = Some(data_dir.cluster().to_owned());
-    let keeper = cluster::start_keeper(keeper).await?;
+    let keeper = SharedKeeper::new(cluster::start_keeper(keeper).await?);
     let agent = Agent::start(carillon_agent::Options::new(vec![keeper_url.clone()]));
     let api_key = demo_app(&Admin::new(vec![keeper_url.clone()]), data_dir.first_api_key()).await?;
 
@@ -101,7 +101,8 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
         reasons.extend(gateway_ready.reasons());
         reasons
     });
-    let ops = ops::serve(ops_listener, metrics, readiness.clone());
+    let alive = keeper.clone();
+    let ops = ops::serve(ops_listener, metrics, readiness.clone(), Arc::new(move || alive.failure()));
     let served = agent.clone();
     let mover = gateway.mover();
     let commands = tokio::spawn(async move { commands::serve(&served, logs, Some(mover)).await });
@@ -133,7 +134,7 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
         drains: false,
         hub: Some(hub),
         agent: Some(agent),
-        keeper: Some(SharedKeeper::new(keeper)),
+        keeper: Some(keeper),
         ops,
         commands: Some(commands),
         data_dir,

@@ -19,6 +19,9 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Why the process cannot do its work at present; empty = ready.
 pub type Readiness = Arc<dyn Fn() -> Vec<String> + Send + Sync>;
 
+/// Why nothing but a restart helps, if that is so. It ends by itself then; should the end be held up, it must not look alive.
+pub type Liveness = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// A running ops server.
 pub struct Ops {
     stop: CancellationToken,
@@ -28,17 +31,23 @@ pub struct Ops {
 struct Shared {
     metrics: prometheus::Registry,
     readiness: Readiness,
+    liveness: Liveness,
 }
 
 /// Serves until stopped. The metrics are those of `metrics` and of the process as a whole.
-pub fn serve(listener: TcpListener, metrics: prometheus::Registry, readiness: Readiness) -> Ops {
+pub fn serve(
+    listener: TcpListener,
+    metrics: prometheus::Registry,
+    readiness: Readiness,
+    liveness: Liveness,
+) -> Ops {
     let stop = CancellationToken::new();
     let router = Router::new()
         .route("/", get("/metrics\n/healthz\n/readyz\n"))
         .route("/metrics", get(scrape))
-        .route("/healthz", get("alive\n"))
+        .route("/healthz", get(alive))
         .route("/readyz", get(ready))
-        .with_state(Arc::new(Shared { metrics, readiness }));
+        .with_state(Arc::new(Shared { metrics, readiness, liveness }));
     let stopped = stop.clone().cancelled_owned();
     let task = tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopped).await {
@@ -70,6 +79,13 @@ async fn scrape(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     }
 }
 
+async fn alive(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    match (shared.liveness)() {
+        None => (StatusCode::OK, "alive\n".to_owned()),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason + "\n"),
+    }
+}
+
 async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     let reasons = (shared.readiness)();
     if reasons.is_empty() {
@@ -87,4 +103,27 @@ pub fn register_process(metrics: &prometheus::Registry, command: &str) -> promet
     info.with_label_values(&[env!("CARGO_PKG_VERSION"), command]).set(1);
     metrics.register(Box::new(info))?;
     metrics.register(Box::new(crate::process_metrics::ProcessMetrics::new()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_cannot_go_on_is_not_alive() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/healthz", listener.local_addr().unwrap());
+        let failure = Arc::new(std::sync::Mutex::new(None));
+        let told = failure.clone();
+        let liveness: Liveness = Arc::new(move || told.lock().unwrap().clone());
+        let ops = serve(listener, prometheus::Registry::new(), Arc::new(Vec::new), liveness);
+        let get = async || {
+            let answer = reqwest::get(&url).await.unwrap();
+            (answer.status().as_u16(), answer.text().await.unwrap())
+        };
+        assert_eq!(get().await, (200, "alive\n".to_owned()));
+        *failure.lock().unwrap() = Some("consensus has ended".to_owned());
+        assert_eq!(get().await, (503, "consensus has ended\n".to_owned()));
+        ops.stop().await;
+    }
 }

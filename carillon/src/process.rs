@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -112,16 +112,42 @@ async fn of(failed: Option<impl Future<Output = String>>) -> String {
 
 /// A keeper that its readiness probe looks at while the process owns it.
 #[derive(Clone)]
-pub struct SharedKeeper(Arc<Mutex<Option<KeeperHandle>>>);
+pub struct SharedKeeper {
+    /// None: it is being stopped.
+    handle: Arc<Mutex<Option<KeeperHandle>>>,
+    /// Why it cannot go on, once it has failed.
+    failure: Arc<OnceLock<String>>,
+}
 
 impl SharedKeeper {
     pub fn new(keeper: KeeperHandle) -> Self {
-        SharedKeeper(Arc::new(Mutex::new(Some(keeper))))
+        SharedKeeper { handle: Arc::new(Mutex::new(Some(keeper))), failure: Arc::default() }
+    }
+
+    /// Why only a restart helps, if that is so.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.get().cloned()
+    }
+
+    /// Resolves when it cannot go on, with the reason.
+    fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = handle.as_ref().map(KeeperHandle::failed);
+        let failure = self.failure.clone();
+        async move {
+            match failed {
+                Some(failed) => {
+                    let reason = failed.await;
+                    failure.get_or_init(|| reason).clone()
+                }
+                None => std::future::pending().await,
+            }
+        }
     }
 
     /// Why it cannot do its work at present.
     pub fn unmet(&self) -> Vec<String> {
-        let keeper = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let keeper = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(status) = keeper.as_ref().map(KeeperHandle::status) else {
             return vec!["the keeper is stopping".to_owned()];
         };
@@ -136,16 +162,14 @@ impl SharedKeeper {
     }
 
     fn take(&self) -> Option<KeeperHandle> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
 impl Running {
     /// Resolves when a part cannot go on, with the reason; never when all can.
     fn failure(&self) -> impl Future<Output = String> + Send + 'static {
-        let keeper = self.keeper.as_ref().and_then(|keeper| {
-            keeper.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(KeeperHandle::failed)
-        });
+        let keeper = self.keeper.as_ref().map(SharedKeeper::failed);
         let hub = self.hub.as_ref().map(HubHandle::failed);
         async move {
             tokio::select! {

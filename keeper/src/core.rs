@@ -44,9 +44,15 @@ pub struct Limits {
     /// Below this much room on the disk, and the size of the store on top, nothing is put any more, until there is room
     /// again. Bytes.
     pub disk_reserve_bytes: u64,
-    /// A snapshot is made after this many entries; so many are read again at most at a start. A fifth as many, 1,000 at
-    /// most, stay in the log after a snapshot, for followers that are a little behind.
+    /// A snapshot is made after this many entries; so many are applied again at most at a start. As many stay in the log
+    /// after a snapshot, for followers that are behind.
     pub snapshot_every: u64,
+    /// The log is cut to a quarter of this when it is larger, however few entries that are; to the file that is being
+    /// written (16 MiB) when the disk is full. Bytes.
+    pub log_bytes: u64,
+    /// Most that may wait to be decided: of what a node is asked, beyond which it refuses, and once more of what other nodes
+    /// hand on to it while it leads. Bytes.
+    pub proposal_bytes: usize,
 }
 
 impl Default for Limits {
@@ -64,6 +70,8 @@ impl Default for Limits {
             progress_interval: Duration::from_secs(5),
             disk_reserve_bytes: 64 * 1024 * 1024,
             snapshot_every: 20_000,
+            log_bytes: 256 * 1024 * 1024,
+            proposal_bytes: 64 * 1024 * 1024,
         }
     }
 }
@@ -89,7 +97,9 @@ pub(crate) struct Core {
 impl From<Unavailable> for Status {
     fn from(error: Unavailable) -> Self {
         match error {
-            Unavailable::Failed(_) | Unavailable::NotLeader { .. } => Status::unavailable(error.to_string()),
+            Unavailable::Failed(_) | Unavailable::NotLeader { .. } | Unavailable::Busy { .. } => {
+                Status::unavailable(error.to_string())
+            }
             // It may still be decided.
             Unavailable::Timeout => Status::deadline_exceeded(error.to_string()),
             Unavailable::Unknown(_) => Status::unknown(error.to_string()),

@@ -1,5 +1,8 @@
 //! Whether the disk has room. Below the reserve nothing is put any more; what deletes, leases and members still need goes
 //! on. A log that cannot be written ends the process: it must not come to that because of what can be refused.
+//!
+//! The log itself may be what fills the disk. It is cut when it is large, and as far as it can be when the disk is full: a
+//! follower that misses what is gone gets the snapshot.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,12 +15,13 @@ use tonic::Status;
 use v1::op::Op;
 
 use crate::core::Core;
-use crate::raft::KEPT_ENTRIES;
 
 /// Between two looks.
-const LOOK: Duration = Duration::from_millis(500);
-/// A log that is larger than this makes a snapshot due.
-const LOG_BYTES: u64 = 256 * 1024 * 1024;
+const LOOK: Duration = Duration::from_millis(100);
+/// Of the most that the log may have, this part stays when it is cut: every cut may take a snapshot.
+const KEPT_PART: u64 = 4;
+/// Of the reserve, this part stays when a snapshot is made to gain room: one that fails would end the process.
+const SPARED_PART: u64 = 4;
 
 pub(crate) struct Disk {
     directory: PathBuf,
@@ -30,12 +34,13 @@ impl Disk {
         Disk { directory, full: Mutex::default() }
     }
 
-    fn look(&self, reserve: u64) {
+    /// How much room there is, if that can be told.
+    fn look(&self, reserve: u64) -> Option<u64> {
         let available = match fs4::available_space(&self.directory) {
             Ok(available) => available,
             Err(error) => {
                 tracing::warn!(%error, "cannot tell how much room the keeper's disk has");
-                return;
+                return None;
             }
         };
         let mut full = self.full.lock();
@@ -43,7 +48,7 @@ impl Disk {
             if full.take().is_some() {
                 tracing::info!(available, "the keeper's disk has room again");
             }
-            return;
+            return Some(available);
         }
         if full.is_none() {
             tracing::error!(available, reserve, "the keeper's disk is full: nothing is put any more");
@@ -51,6 +56,11 @@ impl Disk {
         *full = Some(format!(
             "the keeper's disk is full: {available} bytes are left, {reserve} are kept in reserve"
         ));
+        Some(available)
+    }
+
+    fn is_full(&self) -> bool {
+        self.full.lock().is_some()
     }
 
     /// May something be put?
@@ -71,13 +81,17 @@ pub(crate) fn puts(entry: &v1::KeeperEntry) -> bool {
 /// Looks again and again. A snapshot is written beside the one that it replaces, so that there must be room for it.
 pub(crate) async fn run(core: Arc<Core>) {
     loop {
-        let state = core.node.state().bytes() as u64;
-        core.disk.look(core.limits.disk_reserve_bytes + state);
-        let progress = core.node.progress();
-        // Entries may be large: the log is cut before there are many, when that gives room.
-        if core.node.log_bytes() > LOG_BYTES && progress.applied > progress.snapshot + KEPT_ENTRIES {
+        let (snapshot, limits) = (core.node.state().snapshot_bytes() as u64, &core.limits);
+        let available = core.disk.look(limits.disk_reserve_bytes + snapshot);
+        let keep = match core.disk.is_full() {
+            true => Some(0),
+            false => (core.node.log_bytes() > limits.log_bytes).then_some(limits.log_bytes / KEPT_PART),
+        };
+        if let Some(keep) = keep {
+            let needed = snapshot + limits.disk_reserve_bytes / SPARED_PART;
+            let may_snapshot = available.is_none_or(|available| available > needed);
             // It says itself why it fails.
-            let _ = core.node.snapshot().await;
+            let _ = core.node.cut_log(keep, may_snapshot).await;
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}

@@ -229,7 +229,8 @@ async fn adopt(
     cluster: &str,
 ) -> Result<BTreeMap<u64, String>, Status> {
     let told = blank.iter().map(|(address, answer)| async move {
-        let request = v1::AdoptRequest { cluster_id: cluster.to_owned(), node_id: answer.node_id, claim: false };
+        let request =
+            v1::AdoptRequest { cluster_id: cluster.to_owned(), node_id: answer.node_id, claim: false };
         network.stranger(address)?.adopt(within(ASK_TIMEOUT, request)).await?;
         Ok((answer.node_id, (*address).clone()))
     });

@@ -6,6 +6,8 @@
 //! [`raft`].
 
 mod access;
+#[doc(hidden)]
+pub mod bench;
 mod blocking;
 mod budget;
 mod commands;
@@ -20,6 +22,7 @@ mod joining;
 mod leases;
 mod membership;
 pub mod metrics;
+mod opening;
 mod origin;
 mod peers;
 mod raft;
@@ -59,12 +62,10 @@ use crate::disk::Disk;
 use crate::home::Home;
 pub use crate::home::HomeError;
 use crate::identity::node_text;
-use crate::joining::Standing;
 use crate::leases::Leases;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
-use crate::raft::network::Network;
-use crate::raft::{Found, Node, NodeError, Storage, StorageError};
+use crate::raft::{Node, NodeError, StorageError};
 use crate::service::Service;
 
 /// A node that is alone must lead within this.
@@ -263,10 +264,10 @@ impl Keeper {
             .map_err(|error| KeeperError::Node(error.to_string()))??;
         let tls = options.tls;
         let storage =
-            verified(&mut home, &options.data_dir, &options.peers, &advertise, tls.as_ref()).await?;
+            opening::verified(&mut home, &options.data_dir, &options.peers, &advertise, tls.as_ref()).await?;
         let home = Arc::new(home);
         let (node, observer) =
-            Node::start(home.identity().clone(), tls.clone(), storage, options.limits.snapshot_every).await?;
+            Node::start(home.identity().clone(), tls.clone(), storage, &options.limits).await?;
         let core = Arc::new(Core {
             node,
             kinds: options.kinds,
@@ -324,94 +325,6 @@ impl Keeper {
         }
         Ok(handle)
     }
-}
-
-/// Opens what is on disk; when the cluster has gone on without this node, it starts over as another one.
-async fn verified(
-    home: &mut Home,
-    data_dir: &std::path::Path,
-    peers: &[String],
-    advertise: &str,
-    tls: Option<&Arc<Tls>>,
-) -> Result<Storage, KeeperError> {
-    let (storage, found) = match opened(data_dir).await {
-        Err(error) if error.is_damage() => {
-            return replaced(home, data_dir, peers, advertise, tls, &error).await;
-        }
-        opened => opened?,
-    };
-    let own = home.identity().node_id();
-    // Also where this node was: who is there now?
-    let known = found.members.iter().map(|(_, address)| address);
-    let mut addresses: Vec<String> =
-        known.chain(peers).filter(|address| *address != advertise).cloned().collect();
-    addresses.sort();
-    addresses.dedup();
-    // A node that belongs to a cluster and has nothing: it is asked about, too.
-    let Some(cluster) = home.identity().cluster() else { return Ok(storage) };
-    if addresses.is_empty() {
-        return Ok(storage);
-    }
-    let network = Network::new(home.identity().clone(), tls.cloned());
-    match joining::standing(&network, own, &cluster, &found, &addresses).await {
-        Standing::AsBefore => return Ok(storage),
-        Standing::Twice { address } => {
-            storage.close();
-            return Err(KeeperError::Twice { node: node_text(own), address });
-        }
-        Standing::Removed => tracing::warn!(
-            node = node_text(own),
-            "this node was taken out of its cluster: it starts over as a new one; what it held is kept in former/"
-        ),
-        Standing::Stale { confirmed, found } => tracing::warn!(
-            node = node_text(own),
-            confirmed,
-            found,
-            "this disk is older than what the node has confirmed: it starts over as a new one; what it held is kept in former/"
-        ),
-    }
-    storage.close();
-    home.start_over()?;
-    Ok(Storage::open(data_dir).await?)
-}
-
-async fn opened(data_dir: &std::path::Path) -> Result<(Storage, Found), StorageError> {
-    let mut storage = Storage::open(data_dir).await?;
-    match storage.look().await {
-        Ok(found) => Ok((storage, found)),
-        Err(error) => {
-            storage.close();
-            Err(error)
-        }
-    }
-}
-
-/// What is on disk is damaged. When the cluster goes on without this node, it starts over as another one, and gets all
-/// from the others; what it held is put aside.
-async fn replaced(
-    home: &mut Home,
-    data_dir: &std::path::Path,
-    peers: &[String],
-    advertise: &str,
-    tls: Option<&Arc<Tls>>,
-    damage: &StorageError,
-) -> Result<Storage, KeeperError> {
-    let others: Vec<String> = peers.iter().filter(|peer| *peer != advertise).cloned().collect();
-    let damage = damage.to_string();
-    let Some(cluster) = home.identity().cluster().filter(|_| !others.is_empty()) else {
-        return Err(KeeperError::Damaged { damage });
-    };
-    let network = Network::new(home.identity().clone(), tls.cloned());
-    if !joining::goes_on(&network, &cluster, &others).await {
-        return Err(KeeperError::DamagedAndAlone { damage, others });
-    }
-    tracing::error!(
-        node = node_text(home.identity().node_id()),
-        damage,
-        "this disk is damaged: the node starts over as a new one, from the others; what it held is kept in former/"
-    );
-    home.start_over()?;
-    Ok(Storage::open(data_dir).await?)
 }
 
 fn serve<I, IO>(

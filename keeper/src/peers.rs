@@ -15,9 +15,9 @@ use v1::raft_snapshot_part::Part;
 use crate::core::{Core, Shared};
 use crate::home::Home;
 use crate::identity::node_text;
-use crate::raft::Unavailable;
-use crate::raft::types::{Snapshot, TypeConfig};
+use crate::raft::types::{Entry, Snapshot, TypeConfig};
 use crate::raft::wire::{self, malformed};
+use crate::raft::{Admitted, Unavailable};
 
 /// Largest snapshot that is taken from another node, bytes.
 const MAX_SNAPSHOT_BYTES: u64 = 4 * 1024 * 1024 * 1024;
@@ -49,12 +49,12 @@ impl Peers {
 }
 
 /// Has an entry of another node decided on.
-async fn decided(core: &Core, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Status> {
-    if crate::disk::puts(&entry) {
+async fn decided(core: &Core, entry: Entry, admitted: Admitted) -> Result<v1::KeeperApplied, Status> {
+    if crate::disk::puts(&entry.0) {
         core.disk.check()?;
     }
-    let granted = crate::leases::grants(&entry);
-    let applied = core.node.propose_here(entry).await.map_err(|error| match error {
+    let granted = crate::leases::grants(&entry.0);
+    let applied = core.node.propose_here(entry, admitted).await.map_err(|error| match error {
         Unavailable::NotLeader { .. } => Status::aborted(error.to_string()),
         error => error.into(),
     })?;
@@ -158,20 +158,30 @@ impl KeeperPeer for Peers {
         let proposals = proposals.take_until(core.stop.clone().cancelled_owned());
         // One that makes no sense ends the stream: those that follow it cannot be read either.
         let proposals = proposals.take_while(|proposal| std::future::ready(proposal.is_ok()));
-        let answers =
-            proposals.filter_map(|proposal| std::future::ready(proposal.ok())).map(move |proposal| {
-                let core = core.clone();
-                async move {
-                    let outcome = match decided(&core, proposal.entry.unwrap_or_default()).await {
-                        Ok(applied) => Outcome::Applied(applied),
-                        Err(status) => Outcome::Refused(v1::ProposalRefused {
-                            code: status.code() as i32,
-                            message: status.message().to_owned(),
-                        }),
-                    };
-                    Ok(v1::ProposalAnswer { id: proposal.id, outcome: Some(outcome) })
-                }
-            });
+        // The next is not even read before there is room for this one: whoever sends too much is held up.
+        let node = self.core.node.clone();
+        let proposals = proposals.filter_map(move |proposal| {
+            let node = node.clone();
+            async move {
+                let proposal = proposal.ok()?;
+                let entry = Entry(proposal.entry.unwrap_or_default());
+                let admitted = node.admit_handed_on(&entry).await?;
+                Some((proposal.id, entry, admitted))
+            }
+        });
+        let answers = proposals.map(move |(id, entry, admitted)| {
+            let core = core.clone();
+            async move {
+                let outcome = match decided(&core, entry, admitted).await {
+                    Ok(applied) => Outcome::Applied(applied),
+                    Err(status) => Outcome::Refused(v1::ProposalRefused {
+                        code: status.code() as i32,
+                        message: status.message().to_owned(),
+                    }),
+                };
+                Ok(v1::ProposalAnswer { id, outcome: Some(outcome) })
+            }
+        });
         Ok(Response::new(Box::pin(answers.buffer_unordered(PROPOSALS))))
     }
 

@@ -1,6 +1,8 @@
 //! Consensus behind one small boundary: [`Node`]. Nothing of openraft is seen outside this module.
 
+mod admission;
 mod codec;
+mod cutting;
 mod forwarding;
 mod groups;
 mod log_store;
@@ -8,6 +10,7 @@ mod machine;
 mod measures;
 mod members;
 pub(crate) mod network;
+mod proposing;
 mod reading;
 mod storage;
 pub(crate) mod types;
@@ -20,36 +23,36 @@ use std::time::Duration;
 use carillon_agent::tls::Tls;
 use carillon_proto::v1;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, InitializeError, RaftError};
-use openraft::impls::ProgressResponder;
+use openraft::errors::{InitializeError, RaftError};
 use openraft::{BasicNode, Config, Instant as _, Raft, RaftMetrics, SnapshotPolicy};
 use parking_lot::Mutex;
 use prometheus::IntCounter;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::Instant;
 use tonic::Status;
 
+use crate::core::Limits;
 use crate::identity::Identity;
 use crate::interests::Interests;
 use crate::state::State;
+use admission::Admission;
+pub(crate) use admission::Admitted;
 use forwarding::Forwarding;
-use log_store::LogStore;
+pub(crate) use log_store::LogStore;
 use machine::Machine;
 pub(crate) use machine::SnapshotFile;
 pub(crate) use measures::Measures;
 use network::{Network, within};
 use reading::Readers;
 pub(crate) use storage::{Found, Storage, StorageError};
-use types::{Entry, TypeConfig, leader_id};
+use types::TypeConfig;
 
 const HEARTBEAT_MS: u64 = 150;
 const ELECTION_MIN_MS: u64 = 1_000;
 const ELECTION_MAX_MS: u64 = 2_000;
 /// A snapshot must be with a follower within this.
 const SNAPSHOT_TIMEOUT_MS: u64 = 60_000;
-/// Entries that stay in the log after a snapshot, at most: for followers that are a little behind.
-pub(crate) const KEPT_ENTRIES: u64 = 1_000;
 /// An entry that is not committed within this is given up waiting for; a leader is waited for as long.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two looks for a leader.
@@ -79,6 +82,11 @@ pub(crate) enum Unavailable {
     /// The leader has no room; nothing was done.
     #[error("{0}")]
     Full(String),
+    /// Nothing was done, and can be a moment later.
+    #[error(
+        "the keeper is busy: what it was asked and has not decided has {limit} bytes, which is the most; try again"
+    )]
+    Busy { limit: u32 },
 }
 
 impl Unavailable {
@@ -90,6 +98,7 @@ impl Unavailable {
             Unavailable::Unknown(_) => "unknown",
             Unavailable::Failed(_) => "failed",
             Unavailable::Full(_) => "full",
+            Unavailable::Busy { .. } => "busy",
         }
     }
 }
@@ -121,6 +130,7 @@ pub(crate) struct Node {
     log: LogStore,
     network: Network,
     readers: Readers,
+    admission: Admission,
     forwarding: Forwarding,
     /// When a leader was last heard.
     heard: Arc<Mutex<Instant>>,
@@ -147,7 +157,7 @@ impl Node {
         identity: Arc<Identity>,
         tls: Option<Arc<Tls>>,
         storage: Storage,
-        snapshot_every: u64,
+        limits: &Limits,
     ) -> Result<(Node, JoinHandle<()>), NodeError> {
         let Storage { log, machine } = storage;
         let config = Config {
@@ -156,10 +166,8 @@ impl Node {
             election_timeout_min: ELECTION_MIN_MS,
             election_timeout_max: ELECTION_MAX_MS,
             install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
-            snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_every),
-            max_in_snapshot_log_to_keep: (snapshot_every / 5).min(KEPT_ENTRIES),
-            // Who is farther behind gets the snapshot, which must be newer than that.
-            replication_lag_threshold: snapshot_every.saturating_mul(2).max(5_000),
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(limits.snapshot_every),
+            max_in_snapshot_log_to_keep: limits.snapshot_every,
             enable_pre_vote: Some(true),
             enable_leader_restore: Some(false),
             ..Config::default()
@@ -189,6 +197,7 @@ impl Node {
             log,
             network,
             readers: Readers::default(),
+            admission: Admission::new(limits.proposal_bytes),
             forwarding: Forwarding::default(),
             heard: Arc::new(Mutex::new(Instant::now())),
             changing: Arc::default(),
@@ -324,102 +333,6 @@ impl Node {
     /// Why consensus has ended, once it has. It does not come back without a restart.
     pub(crate) fn failure(&self) -> watch::Receiver<Option<String>> {
         self.failure.clone()
-    }
-
-    /// Has an entry decided on, here or by the node that leads, and says what came of it. Waits for a leader if there is
-    /// none.
-    pub(crate) async fn propose(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
-        let _pending = self.measures.proposed();
-        let deadline = Instant::now() + PROPOSE_TIMEOUT;
-        loop {
-            let attempt = async {
-                if self.leads() {
-                    self.propose_here(entry.clone()).await
-                } else {
-                    self.propose_there(entry.clone()).await
-                }
-            };
-            let outcome = timeout_at(deadline, attempt).await.unwrap_or(Err(Unavailable::Timeout));
-            match outcome {
-                Err(Unavailable::NotLeader { .. }) if Instant::now() + RETRY < deadline => sleep(RETRY).await,
-                outcome => return self.measures.counted(outcome),
-            }
-        }
-    }
-
-    /// The same, by this node or not at all.
-    pub(crate) async fn propose_here(
-        &self,
-        entry: v1::KeeperEntry,
-    ) -> Result<v1::KeeperApplied, Unavailable> {
-        if !self.leads() {
-            return Err(self.not_leader());
-        }
-        if let Some(failure) = self.failure.borrow().clone() {
-            return Err(Unavailable::Failed(failure));
-        }
-        match timeout(PROPOSE_TIMEOUT, self.raft.client_write(Entry(entry))).await {
-            Ok(Ok(answer)) => Ok(answer.data.0),
-            Ok(Err(RaftError::APIError(error))) => Err(self.refused(error)),
-            // It may be with other nodes already.
-            Ok(Err(RaftError::Fatal(error))) => Err(Unavailable::Unknown(error.to_string())),
-            Err(_) => Err(Unavailable::Timeout),
-        }
-    }
-
-    async fn propose_there(&self, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
-        let (leader, address) = self.leader().ok_or(Unavailable::NotLeader { leader: None })?;
-        // To the very node that the stream will be known as: who leads may have changed meanwhile.
-        let connect = || {
-            let client = self.network.member(leader, &address);
-            client.map_err(|_| Unavailable::NotLeader { leader: Some(address.clone()) })
-        };
-        match self.forwarding.ask((leader, address.clone()), connect, entry).await {
-            Some(answer) => answer,
-            None => Err(self.not_leader()),
-        }
-    }
-
-    /// The same, but only while this leadership lasts.
-    pub(crate) async fn propose_as(
-        &self,
-        leadership: Leadership,
-        entry: v1::KeeperEntry,
-    ) -> Result<v1::KeeperApplied, Unavailable> {
-        let _pending = self.measures.proposed();
-        let outcome = self.propose_in(leadership, entry).await;
-        self.measures.counted(outcome)
-    }
-
-    async fn propose_in(
-        &self,
-        leadership: Leadership,
-        entry: v1::KeeperEntry,
-    ) -> Result<v1::KeeperApplied, Unavailable> {
-        let (responder, answer) = ProgressResponder::complete_only();
-        let leader = leader_id(leadership.term, leadership.node_id);
-        self.raft
-            .write(Entry(entry))
-            .with_leader(leader)
-            .responder(responder)
-            .await
-            .map_err(|error| Unavailable::Failed(error.to_string()))?;
-        match timeout(PROPOSE_TIMEOUT, answer).await {
-            Ok(Ok(Ok(answer))) => Ok(answer.data.0),
-            Ok(Ok(Err(error))) => Err(self.refused(error)),
-            Ok(Err(_)) => Err(Unavailable::Unknown("it has stopped".to_owned())),
-            Err(_) => Err(Unavailable::Timeout),
-        }
-    }
-
-    /// What openraft says of an entry that it did not commit.
-    fn refused(&self, error: ClientWriteError<TypeConfig>) -> Unavailable {
-        match error {
-            // Before it was appended.
-            ClientWriteError::ForwardToLeader(_) => self.not_leader(),
-            // Among others: it was in the log, and another leader has put something else there.
-            error => Unavailable::Unknown(error.to_string()),
-        }
     }
 
     pub(crate) fn progress(&self) -> Progress {

@@ -344,6 +344,34 @@ async fn compaction(all: Clients) {
     }
 }
 
+/// Who is cut off asks whether it could win before it begins a term: back again, it deposes nobody.
+async fn cut_off_follower(all: Clients) {
+    let first = all.settled().await;
+    let away = others(first)[0];
+    let status = async |name| loop {
+        if let Ok(status) = all.client(name).keeper_status(v1::KeeperStatusRequest {}).await {
+            return status.into_inner();
+        }
+    };
+    let before = status(first).await;
+    cut(away);
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let alone = status(away).await;
+    assert!(!alone.in_touch, "it is cut off: {alone:?}");
+    assert_eq!(alone.term, before.term, "it began a term that it could not win");
+    mend(away);
+    all.put(away, "k", "1", 0).await;
+    for _ in 0..50 {
+        let now = status(first).await;
+        assert_eq!((now.term, now.leader_id), (before.term, before.node_id), "it has deposed the leader");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let back = status(away).await;
+    assert!(back.in_touch && back.leader_id == before.node_id, "{back:?}");
+    assert_eq!(status(first).await.leaders_seen, before.leaders_seen, "there was no other election");
+    assert_eq!(all.read(away, "k").await.as_deref(), Some(&b"1"[..]));
+}
+
 /// What the leader sends and hears stands still for longer than leases live.
 async fn stalled_leader(all: Clients) {
     let first = all.settled().await;
@@ -380,6 +408,13 @@ async fn stalled_leader(all: Clients) {
 fn a_leader_that_is_cut_off_is_replaced_and_watches_miss_nothing() {
     for seed in 1..4 {
         simulate(seed, elections);
+    }
+}
+
+#[test]
+fn a_follower_that_was_cut_off_comes_back_without_an_election() {
+    for seed in 8..11 {
+        simulate(seed, cut_off_follower);
     }
 }
 

@@ -8,7 +8,7 @@ use carillon_agent::admin::{Admin, ChangeOptions};
 use carillon_agent::document::DocumentKind;
 use carillon_agent::revoked::Revoked;
 use carillon_agent::{Agent, Instance, Options};
-use carillon_keeper::{Keeper, KeeperHandle, KeeperOptions};
+use carillon_keeper::{Keeper, KeeperHandle, KeeperOptions, Limits};
 use carillon_proto::v1;
 use carillon_proto::v1::keeper_client::KeeperClient;
 use tempfile::TempDir;
@@ -31,6 +31,7 @@ struct Cluster {
     directory: TempDir,
     nodes: Vec<Node>,
     peers: Vec<String>,
+    limits: Limits,
 }
 
 /// An address that is free, and stays so: nothing else on this machine takes ports of this address.
@@ -63,7 +64,7 @@ impl Cluster {
             nodes.push(Node { address, directory: directory.path().join(place.to_string()), keeper: None });
         }
         let peers = nodes.iter().map(|node| node.address.clone()).collect();
-        Cluster { directory, nodes, peers }
+        Cluster { directory, nodes, peers, limits: Limits::default() }
     }
 
     async fn of(count: usize) -> Cluster {
@@ -77,7 +78,8 @@ impl Cluster {
 
     async fn start(&mut self, place: usize) {
         let node = &mut self.nodes[place];
-        let options = options(&node.directory, &node.address, &self.peers).await;
+        let mut options = options(&node.directory, &node.address, &self.peers).await;
+        options.limits = self.limits.clone();
         node.keeper = Some(Keeper::start(options).await.unwrap());
     }
 
@@ -259,6 +261,46 @@ async fn nothing_is_decided_by_a_minority() {
     cluster.settled(3).await;
     cluster.write(leader, "k", "3").await;
     assert_eq!(cluster.read(leader, "k").await.as_deref(), Some("3"));
+    cluster.stop_all().await;
+}
+
+/// What cannot be decided takes memory: not more than a limit, however long it lasts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_to_be_decided_is_bounded_by_bytes() {
+    let mut cluster = Cluster::plan(3).await;
+    cluster.limits.proposal_bytes = 4_000_000;
+    for place in 0..3 {
+        cluster.start(place).await;
+    }
+    cluster.settled(3).await;
+    let leader = cluster.leader().await;
+    for place in (0..3).filter(|&place| place != leader) {
+        drop(cluster.nodes[place].keeper.take());
+    }
+    let client = cluster.client(leader).await;
+    let write = async |i: usize| {
+        let put = Put { key: format!("big/{i}"), value: vec![0; 900_000].into(), lease: 0 };
+        let then = vec![v1::Op { op: Some(Op::Put(put)) }];
+        client.clone().txn(v1::TxnRequest { then, ..Default::default() }).await.map(drop)
+    };
+    let is_busy = |answer: &Result<(), tonic::Status>| match answer {
+        Ok(()) => panic!("a minority has decided"),
+        Err(status) => status.code() == Code::Unavailable && status.message().contains("is busy"),
+    };
+    let answers = futures::future::join_all((0..12).map(&write)).await;
+    assert_eq!(answers.iter().filter(|answer| is_busy(answer)).count(), 8, "{answers:?}");
+    // Nobody waits for the four any more, but they may still be decided.
+    let refused = write(12).await;
+    assert!(is_busy(&refused), "{refused:?}");
+    for place in (0..3).filter(|&place| place != leader) {
+        cluster.start(place).await;
+    }
+    cluster.settled(3).await;
+    let begun = Instant::now();
+    while let Err(status) = write(13).await {
+        assert!(begun.elapsed() < PATIENCE, "{status}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     cluster.stop_all().await;
 }
 

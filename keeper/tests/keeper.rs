@@ -159,6 +159,41 @@ async fn keys_transactions_and_their_bounds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_of_few_large_entries_is_cut_by_its_size() {
+    const MIB: u64 = 1024 * 1024;
+    let directory = TempDir::new().unwrap();
+    let limits = Limits { log_bytes: 48 * MIB, ..Limits::default() };
+    let keeper = start_limited(directory.path(), limits.clone()).await;
+    let mut writer = client(&keeper).await;
+    let value = "x".repeat(900_000);
+    let mut largest = 0;
+    for i in 0..180 {
+        write(&mut writer, &format!("big/{}", i % 4), &format!("{i} {value}")).await;
+        let status = writer.keeper_status(v1::KeeperStatusRequest {}).await.unwrap().into_inner();
+        largest = largest.max(status.log_bytes);
+        assert!(i > 50 || status.snapshot_index == 0, "there is no need for a snapshot of {i} entries");
+    }
+    let begun = Instant::now();
+    loop {
+        let status = writer.keeper_status(v1::KeeperStatusRequest {}).await.unwrap().into_inner();
+        assert!(status.last_log_index < 400, "not by the number of entries");
+        // What stays is a quarter; files go as a whole, and there is the one that is written.
+        if status.snapshot_index > 0 && status.log_bytes < limits.log_bytes {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{status:?}, at most {largest}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // What is written while the snapshot is made comes on top.
+    assert!(largest < 3 * limits.log_bytes, "{largest}");
+    keeper.stop().await;
+    let keeper = start_limited(directory.path(), limits).await;
+    let found = read(&mut client(&keeper).await, "big/3").await.unwrap();
+    assert!(found.starts_with("179 x"), "{}", &found[..10]);
+    keeper.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_begins_with_the_state_and_can_be_resumed() {
     let directory = TempDir::new().unwrap();
     let limits = Limits { progress_interval: Duration::from_millis(100), ..Limits::default() };

@@ -25,6 +25,8 @@ pub struct KeeperProcess {
     pub space: Option<String>,
     pub flags: Vec<String>,
     pub faults: Option<Faults>,
+    /// Where its metrics and health are, once it was started; none in a network of its own.
+    pub ops: Option<SocketAddr>,
     child: Option<Child>,
 }
 
@@ -37,6 +39,7 @@ impl KeeperProcess {
             space: None,
             flags: Vec::new(),
             faults: None,
+            ops: None,
             child: None,
         }
     }
@@ -64,7 +67,9 @@ impl KeeperProcess {
             }
         };
         command.arg("keeper").arg("--data-dir").arg(&self.dir);
-        let (grpc, ops) = (self.grpc.to_string(), SocketAddr::new(self.grpc.ip(), 0).to_string());
+        let any = SocketAddr::new(self.grpc.ip(), 0);
+        self.ops = self.space.is_none().then(|| self.ops.unwrap_or_else(|| free_port(any)));
+        let (grpc, ops) = (self.grpc.to_string(), self.ops.unwrap_or(any).to_string());
         command.args(["--grpc", &grpc, "--ops", &ops, "--log-format", "text"]);
         let level = std::env::var("CARILLON_TEST_LOG").unwrap_or_else(|_| "info".to_owned());
         command.args(["--log-level", &level]);
@@ -183,7 +188,11 @@ pub fn free_address() -> SocketAddr {
         (pid / 32 % 256) as u8,
         NEXT.fetch_add(1, Ordering::Relaxed),
     );
-    let listener = std::net::TcpListener::bind((ip, 0)).expect("an address");
+    free_port((ip, 0).into())
+}
+
+fn free_port(any: SocketAddr) -> SocketAddr {
+    let listener = std::net::TcpListener::bind(any).expect("an address");
     listener.local_addr().expect("an address")
 }
 

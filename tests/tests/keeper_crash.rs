@@ -370,3 +370,40 @@ async fn on_a_full_disk_it_refuses_writes_and_recovers_by_itself() {
     alone.check().await;
     assert!(!alone.write(5).await);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_its_own_log_fills_it_makes_room_on_by_itself() {
+    let Some(mut alone) = Alone::new() else { return };
+    let Some(disk) = SmallDisk::mount(alone.keeper.dir.parent().unwrap().join("disk"), 160) else {
+        return tools::missing("the right to mount a small disk");
+    };
+    alone.keeper.dir = disk.0.join("keeper");
+    alone.keeper.faults = None;
+    // By their number no entry would ever go.
+    alone.keeper.flags.clear();
+    alone.started().await;
+    let value = "x".repeat(600_000);
+    let mut refused = 0;
+    // More than twice what the disk has.
+    for i in 0..600 {
+        let begun = Instant::now();
+        loop {
+            match alone.client.put(&format!("big/{}", i % 4), &format!("{i} {value}")).await {
+                Ok(_) => break,
+                Err(Failure::Refused(text)) => {
+                    assert!(text.contains("the keeper's disk is full"), "{text}");
+                    assert!(begun.elapsed() < PATIENCE, "it makes no room: {text}");
+                    refused += 1;
+                }
+                Err(other) => panic!("{other}, after {i}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    assert!(refused > 0, "the disk was never full");
+    assert!(alone.keeper.logs().contains("the log is cut"));
+    alone.keeper.kill().await;
+    alone.started().await;
+    let found = patiently("a read", PATIENCE, async || alone.client.read("big/3").await).await.unwrap();
+    assert!(found.value.unwrap().starts_with("599 x"));
+}

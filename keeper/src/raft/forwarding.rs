@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 use v1::proposal_answer::Outcome;
 
 use super::network::PeerClient;
-use super::{Unavailable, was_not_sent};
+use super::{Admitted, Unavailable, was_not_sent};
 
 /// Entries that wait to be sent.
 const WAITING: usize = 1024;
@@ -24,6 +24,7 @@ type Answer = Result<v1::KeeperApplied, Unavailable>;
 struct Asked {
     entry: v1::KeeperEntry,
     told: oneshot::Sender<Answer>,
+    _admitted: Admitted,
 }
 
 /// The stream to the leader, if there is one.
@@ -45,6 +46,7 @@ impl Forwarding {
         (leader, address): (u64, String),
         connect: impl FnOnce() -> Result<PeerClient, Unavailable>,
         entry: v1::KeeperEntry,
+        admitted: Admitted,
     ) -> Option<Answer> {
         let link = {
             let mut link = self.link.lock();
@@ -63,7 +65,7 @@ impl Forwarding {
             }
         };
         let (told, answer) = oneshot::channel();
-        link.send(Asked { entry, told }).await.ok()?;
+        link.send(Asked { entry, told, _admitted: admitted }).await.ok()?;
         answer.await.ok()
     }
 }
@@ -102,7 +104,9 @@ impl Drop for Sent {
 async fn run(mut client: PeerClient, asked: mpsc::Receiver<Asked>) {
     let sent = Arc::new(Sent::default());
     let (sending, mut id) = (sent.clone(), 0);
-    let proposals = ReceiverStream::new(asked).map(move |Asked { entry, told }| {
+    // What nobody waits for any more is not sent: the leader may not have taken anything for long.
+    let wanted = ReceiverStream::new(asked).filter(|asked| std::future::ready(!asked.told.is_closed()));
+    let proposals = wanted.map(move |Asked { entry, told, _admitted }| {
         id += 1;
         sending.0.lock().insert(id, told);
         v1::Proposal { id, entry: Some(entry) }

@@ -15,6 +15,7 @@ use raft_log::{Config, RaftLog, Types as _};
 use tokio::sync::oneshot;
 
 use super::codec::{WalLogId, WalPayload, WalTypes, WalVote};
+use super::cutting::LogFile;
 use super::groups::{Groups, Told};
 use super::types::{LogEntry, LogId, TypeConfig, Vote};
 
@@ -69,6 +70,17 @@ impl LogStore {
     /// Size of the log's files.
     pub(crate) fn disk_bytes(&self) -> u64 {
         self.log.lock().as_ref().map_or(0, RaftLog::on_disk_size)
+    }
+
+    /// The files that are written no more, the oldest first, and the size of the one that is.
+    pub(super) fn files(&self) -> (Vec<LogFile>, u64) {
+        let log = self.log.lock();
+        let Some(stat) = log.as_ref().map(RaftLog::stat) else { return (Vec::new(), 0) };
+        let files = stat.closed_chunks.iter().map(|chunk| LogFile {
+            bytes: chunk.size,
+            last: chunk.log_state.last().map_or(0, |last| last.0.index),
+        });
+        (files.collect(), stat.open_chunk.size)
     }
 
     /// Lets go of the files, whoever still holds a handle.

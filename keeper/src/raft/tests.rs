@@ -11,8 +11,9 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt as _;
 use openraft::type_config::alias::OneshotReceiverOf;
 use tempfile::TempDir;
+use tokio::time::timeout;
 
-use super::types::{LogEntry, LogId, Payload, Vote};
+use super::types::{Entry, LogEntry, LogId, Payload, Vote};
 use super::*;
 
 struct Builder;
@@ -213,11 +214,18 @@ async fn get(node: &Node, key: &str) -> Option<String> {
 async fn lead(directory: &Path) -> (Node, Leadership, Duration) {
     let begun = std::time::Instant::now();
     let identity = Arc::new(Identity::new(7, Some("test")));
-    let (node, _) =
-        Node::start(identity, None, Storage::open(directory).await.unwrap(), 5_000).await.unwrap();
+    let limits = Limits { snapshot_every: 1_000, ..Limits::default() };
+    let storage = Storage::open(directory).await.unwrap();
+    let (node, _) = Node::start(identity, None, storage, &limits).await.unwrap();
     node.found(BTreeMap::from([(node.id(), "127.0.0.1:1".to_owned())])).await.unwrap();
     let leadership = node.leadership().wait_for(Option::is_some).await.unwrap().unwrap();
     (node, leadership, begun.elapsed())
+}
+
+async fn here(node: &Node, entry: v1::KeeperEntry) -> Result<v1::KeeperApplied, Unavailable> {
+    let entry = Entry(entry);
+    let admitted = node.admit(&entry).unwrap();
+    node.propose_here(entry, admitted).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -293,7 +301,7 @@ async fn what_is_proposed_for_a_former_term_is_refused() {
     assert_eq!(get(&node, "a").await.as_deref(), Some("1"));
     node.stop().await;
     assert!(matches!(
-        node.propose_here(put("a", "3")).await,
+        here(&node, put("a", "3")).await,
         Err(Unavailable::Failed(_) | Unavailable::NotLeader { .. })
     ));
     assert!(node.failure().wait_for(Option::is_some).await.is_ok());
@@ -311,7 +319,7 @@ async fn consensus_that_has_panicked_does_not_look_alive() {
     let failed = timeout(Duration::from_secs(30), failure.wait_for(Option::is_some)).await;
     assert!(failed.is_ok_and(|failed| failed.is_ok()));
     assert!(!node.leads());
-    assert!(matches!(node.propose_here(put("a", "1")).await, Err(Unavailable::NotLeader { .. })));
+    assert!(matches!(here(&node, put("a", "1")).await, Err(Unavailable::NotLeader { .. })));
 }
 
 #[tokio::test]

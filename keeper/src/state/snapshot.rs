@@ -30,8 +30,7 @@ impl State {
             raft_meta: raft_meta.into(),
             ..Default::default()
         };
-        let size = head.encoded_len() + self.bytes + self.items.len() * ITEM_BYTES + self.event_bytes;
-        let mut bytes = Vec::with_capacity(size);
+        let mut bytes = Vec::with_capacity(head.encoded_len() + self.snapshot_bytes());
         let mut put = |part: v1::KeeperSnapshot| {
             // A vector always has room.
             let _ = part.encode(&mut bytes);
@@ -44,6 +43,11 @@ impl State {
             put(v1::KeeperSnapshot { events: vec![(**event).clone()], ..Default::default() });
         }
         bytes
+    }
+
+    /// About how many bytes a snapshot of it has.
+    pub(crate) fn snapshot_bytes(&self) -> usize {
+        self.bytes + self.items.len() * ITEM_BYTES + self.event_bytes
     }
 
     /// The state and the `raft_meta` that were encoded.

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,8 +17,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { WRITE = 1, SYNC = 2, RENAME = 3, UNLINK = 4 };
-enum { KILL_BEFORE = 1, KILL_AFTER = 2, KILL_HALF = 3, FAIL_EIO = 4, SLOW = 5 };
+enum { WRITE = 1, SYNC = 2, RENAME = 3, UNLINK = 4, CREATE = 5 };
+enum { KILL_BEFORE = 1, KILL_AFTER = 2, KILL_HALF = 3, FAIL_EIO = 4, SLOW = 5, PANIC = 6 };
 
 struct control {
     int64_t clock_offset_s; /* added to the time of day */
@@ -30,6 +31,8 @@ struct control {
 
 static volatile struct control *control;
 static char directory[4096];
+/* The next look at the clock fails in this thread, for which Rust knows nothing but to panic. */
+static __thread int clock_fails;
 
 __attribute__((constructor)) static void begin(void) {
     const char *path = getenv("CARILLON_FAULT"), *dir = getenv("CARILLON_FAULT_DIR");
@@ -130,7 +133,23 @@ int unlink(const char *path) {
     return n;
 }
 
+int open64(const char *path, int flags, ...) {
+    va_list arguments;
+    va_start(arguments, flags);
+    int mode = va_arg(arguments, int);
+    va_end(arguments);
+    int how = flags & O_CREAT ? on_path(CREATE, path) : 0;
+    int fd = NEXT(open64)(path, flags, mode);
+    if (how == PANIC) clock_fails = 1;
+    after(how);
+    return fd;
+}
+
 int clock_gettime(clockid_t clock, struct timespec *time) {
+    if (clock_fails && clock == CLOCK_MONOTONIC) {
+        clock_fails = 0;
+        return errno = EINVAL, -1;
+    }
     int n = NEXT(clock_gettime)(clock, time);
     if (n == 0 && control && clock == CLOCK_REALTIME) time->tv_sec += control->clock_offset_s;
     return n;

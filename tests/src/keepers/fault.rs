@@ -17,6 +17,8 @@ pub enum Call {
     Sync = 2,
     Rename = 3,
     Unlink = 4,
+    /// A file is made.
+    Create = 5,
 }
 
 /// What happens at the call.
@@ -30,6 +32,8 @@ pub enum How {
     Fail = 4,
     /// It takes 300 ms, and so does every one after it.
     Slow = 5,
+    /// Of [`Call::Create`]: what has made the file panics right after.
+    Panic = 6,
 }
 
 /// The control of one keeper's faults.
