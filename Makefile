@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help dev console build test fmt lint bench million soak burst keeper-torture cluster-up \
+.PHONY: help dev console build test fmt lint crds bench million soak burst keeper-torture cluster-up \
 	cluster-down cluster-load-image cluster-check clean
 
 CARGO ?= cargo
@@ -33,6 +33,9 @@ lint: ## Formatting, clippy, licences and sources of dependencies
 	@$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	@tests/setup deny
 	@PATH="$(CARILLON_CACHE)/cargo/bin:$$PATH" $(CARGO) deny --log-level error check licenses bans sources
+
+crds: ## Write crds/ and docs/resources.md from the types in operator/api
+	@$(CARGO) run --quiet --package carillon-operator-api --bin crds
 
 bench: ## Run the benchmarks
 	@$(CARGO) bench --workspace --benches
