@@ -21,7 +21,7 @@ use crate::pod::SecretKey;
     derive = "PartialEq",
     selectable = ".spec.cluster",
     doc = "A tenant of a cluster: its keys, what its devices may do, how its messages are kept, its webhook and limits.",
-    validation = Rule::new("has(self.spec.name) || self.metadata.name.size() <= 64").message("an app's name has at most 64 characters: say a shorter one in spec.name").field_path(".metadata.name"),
+    validation = Rule::new("has(self.spec.name) || self.metadata.name.size() <= 64").message("an app's name has at most 64 characters: say a shorter one in spec.name"),
     printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
     printcolumn(name = "Ready", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].status"#),
     printcolumn(name = "Revision", type_ = "integer", json_path = ".status.revision", description = "The document's revision at the keeper"),

@@ -24,7 +24,7 @@ use crate::pod::PodTemplate;
     derive = "PartialEq",
     selectable = ".spec.cluster",
     doc = "Gateways that are alike: their listeners and limits, how many, and how devices are moved when they change.",
-    validation = Rule::new("self.metadata.name.size() <= 50 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("the name begins those of pods and services: at most 50 lower-case letters, digits and '-', a letter first").field_path(".metadata.name"),
+    validation = Rule::new("self.metadata.name.size() <= 50 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("the name begins those of pods and services: at most 50 lower-case letters, digits and '-', a letter first"),
     scale(spec_replicas_path = ".spec.replicas", status_replicas_path = ".status.replicas", label_selector_path = ".status.selector"),
     printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster", priority = 1),
     printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Gateways that are wanted"),

@@ -24,7 +24,7 @@ use crate::pod::{ImagePullPolicy, PodTemplate, SecretKey, Storage};
     category = "carillon",
     derive = "PartialEq",
     doc = "A cluster of Carillon: keeper and hubs, what they keep, how they trust each other, and how they are configured.",
-    validation = Rule::new("self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("the name begins those of services: at most 40 lower-case letters, digits and '-', a letter first").field_path(".metadata.name"),
+    validation = Rule::new("self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("the name begins those of services: at most 40 lower-case letters, digits and '-', a letter first"),
     printcolumn(name = "Ready", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].status"#),
     printcolumn(name = "Keepers", type_ = "integer", json_path = ".status.keeper.readyReplicas", description = "Keepers that are ready"),
     printcolumn(name = "Hubs", type_ = "integer", json_path = ".status.hub.readyReplicas", description = "Hubs that are ready"),
