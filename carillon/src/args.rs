@@ -3,12 +3,14 @@
 pub mod bench;
 pub mod config;
 pub mod keeper;
+mod operator;
 mod people;
 mod processes;
 mod security;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub use self::operator::*;
 pub use self::people::*;
 pub use self::processes::*;
 pub use self::security::*;
@@ -43,6 +45,8 @@ pub enum Command {
     Hub(HubArgs),
     /// Run a gateway: it holds the devices' connections
     Gateway(GatewayArgs),
+    /// Run the operator: it turns resources of Kubernetes into running pods
+    Operator(OperatorArgs),
 
     /// Push a message to a user (or to a group, or a topic)
     Push(PushArgs),

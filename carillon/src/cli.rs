@@ -117,7 +117,11 @@ pub async fn run(command: Command) -> Result<(), CliError> {
             Ok(io::stdout().write_all(&script)?)
         }
         Command::Keeper(KeeperArgs { command: Some(command), .. }) => keeper::run(command).await,
-        Command::Dev(_) | Command::Keeper(_) | Command::Hub(_) | Command::Gateway(_) => {
+        Command::Dev(_)
+        | Command::Keeper(_)
+        | Command::Hub(_)
+        | Command::Gateway(_)
+        | Command::Operator(_) => {
             unreachable!("processes are started by main")
         }
     }

@@ -245,9 +245,10 @@ impl Process {
             hub: None,
             agent: None,
             keeper: None,
+            operator: None,
             ops: ops::serve(self.ops, self.metrics, readiness, liveness),
             commands: None,
-            data_dir: self.data_dir,
+            data_dir: Some(self.data_dir),
         }
     }
 }

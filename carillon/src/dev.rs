@@ -137,7 +137,8 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
         keeper: Some(keeper),
         ops,
         commands: Some(commands),
-        data_dir,
+        operator: None,
+        data_dir: Some(data_dir),
     })
 }
 

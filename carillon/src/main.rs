@@ -1,4 +1,4 @@
-//! The one binary: processes of a cluster (`dev`, `keeper`, `hub`, `gateway`) and commands for people.
+//! The one binary: processes of a cluster (`dev`, `keeper`, `hub`, `gateway`, `operator`) and commands for people.
 
 mod args;
 mod banner;
@@ -12,6 +12,7 @@ mod dev;
 mod listeners;
 mod logs;
 mod moves;
+mod operator;
 mod ops;
 mod process;
 mod process_metrics;
@@ -50,6 +51,10 @@ fn main() -> ExitCode {
         Command::Gateway(args) => {
             let logs = &args.process.logs;
             process::run(&logs.log_level, logs.log_format, |logs| cluster::gateway(args.clone(), logs))
+        }
+        Command::Operator(args) => {
+            let logs = &args.logs;
+            process::run(&logs.log_level, logs.log_format, |logs| operator::start(args.clone(), logs))
         }
         command => return person(command),
     };

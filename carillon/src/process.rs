@@ -10,6 +10,7 @@ use carillon_agent::Agent;
 use carillon_gateway::GatewayHandle;
 use carillon_hub::HubHandle;
 use carillon_keeper::KeeperHandle;
+use carillon_operator::OperatorHandle;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -53,7 +54,7 @@ where
             () = signals.next() => std::process::exit(INTERRUPTED),
         };
         match failed {
-            Some(reason) => bail!("{reason}"),
+            Some(reason) => bail!(reason),
             None => drained,
         }
     });
@@ -95,11 +96,12 @@ pub struct Running {
     pub hub: Option<HubHandle>,
     pub agent: Option<Agent>,
     pub keeper: Option<SharedKeeper>,
+    pub operator: Option<OperatorHandle>,
     pub ops: Ops,
     /// Carries out commands; ends with the agent.
     pub commands: Option<JoinHandle<()>>,
     /// Given back last.
-    pub data_dir: DataDir,
+    pub data_dir: Option<DataDir>,
 }
 
 /// The end of a part that may not be there.
@@ -171,10 +173,12 @@ impl Running {
     fn failure(&self) -> impl Future<Output = String> + Send + 'static {
         let keeper = self.keeper.as_ref().map(SharedKeeper::failed);
         let hub = self.hub.as_ref().map(HubHandle::failed);
+        let operator = self.operator.as_ref().map(OperatorHandle::failed);
         async move {
             tokio::select! {
                 reason = of(keeper) => format!("the keeper cannot go on: {reason}"),
                 reason = of(hub) => format!("the hub cannot go on: {reason}"),
+                reason = of(operator) => format!("the operator cannot go on: {reason}"),
             }
         }
     }
@@ -183,7 +187,7 @@ impl Running {
     async fn drain(self) -> anyhow::Result<()> {
         let within = self.drain_within;
         tracing::info!(within_seconds = within.as_secs(), "stopping");
-        let Running { gateway, drains, hub, agent, keeper, ops, commands, data_dir, .. } = self;
+        let Running { gateway, drains, hub, agent, keeper, operator, ops, commands, data_dir, .. } = self;
         let stop = async {
             if let Some(gateway) = gateway {
                 // Those who are left, and the other parts, need some of the time too.
@@ -192,6 +196,9 @@ impl Running {
                     gateway.drain(within - rest).await;
                 }
                 gateway.stop(rest / 2).await;
+            }
+            if let Some(operator) = operator {
+                operator.stop().await;
             }
             if let Some(hub) = hub {
                 hub.stop().await;

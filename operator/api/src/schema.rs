@@ -89,4 +89,3 @@ fn forget_descriptions_below(schema: &mut Value) {
         }
     }
 }
-

@@ -18,9 +18,18 @@ as the field's name says.
 
 /// Types of Kubernetes' own: named, not repeated. Field, and what it is.
 const OF_KUBERNETES: [(&str, &str); 8] = [
-    ("resources", "[ResourceRequirements](https://kubernetes.io/docs/concepts/configuration/manage-resources-containers/)"),
-    ("env", "list of [EnvVar](https://kubernetes.io/docs/tasks/inject-data-application/define-environment-variable-container/)"),
-    ("tolerations", "list of [Toleration](https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/)"),
+    (
+        "resources",
+        "[ResourceRequirements](https://kubernetes.io/docs/concepts/configuration/manage-resources-containers/)",
+    ),
+    (
+        "env",
+        "list of [EnvVar](https://kubernetes.io/docs/tasks/inject-data-application/define-environment-variable-container/)",
+    ),
+    (
+        "tolerations",
+        "list of [Toleration](https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/)",
+    ),
     ("affinity", "[Affinity](https://kubernetes.io/docs/concepts/scheduling-eviction/assign-pod-node/)"),
     (
         "topologySpreadConstraints",
