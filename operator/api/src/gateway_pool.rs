@@ -226,11 +226,11 @@ impl Default for DrainSpec {
 pub struct UpdateSpec {
     /// Gateways above `replicas` while an update runs: a number, or a percentage of `replicas`, rounded up.
     #[serde(default = "a_quarter")]
-    #[x_kube(validation = Rule::new("type(self) == int ? self >= 0 && self <= 1000 : self.matches('^(100|[0-9]{1,2})%$')").message("must be a number from 0 to 1000, or a percentage from 0% to 100%"))]
+    #[x_kube(validation = Rule::new("string(self).matches('^(100|[0-9]{1,2})%$') || (self != string(self) && string(self).matches('^(1000|[0-9]{1,3})$'))").message("must be a number from 0 to 1000, or a percentage from 0% to 100%"))]
     pub max_surge: IntOrString,
     /// Gateways that may be missing while an update runs: a number, or a percentage of `replicas`, rounded down.
     #[serde(default = "none")]
-    #[x_kube(validation = Rule::new("type(self) == int ? self >= 0 && self <= 1000 : self.matches('^(100|[0-9]{1,2})%$')").message("must be a number from 0 to 1000, or a percentage from 0% to 100%"))]
+    #[x_kube(validation = Rule::new("string(self).matches('^(100|[0-9]{1,2})%$') || (self != string(self) && string(self).matches('^(1000|[0-9]{1,3})$'))").message("must be a number from 0 to 1000, or a percentage from 0% to 100%"))]
     pub max_unavailable: IntOrString,
     /// Begin no further replacement; what is under way is finished.
     #[serde(default)]
