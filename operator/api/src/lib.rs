@@ -7,6 +7,7 @@ mod app;
 pub mod conditions;
 mod gateway_pool;
 mod pod;
+#[allow(clippy::duplicated_attributes, reason = "several columns are of one type")]
 mod profile;
 mod push_cluster;
 mod schema;
