@@ -24,6 +24,7 @@ use self::document::SecretData;
 use crate::controller::{self, RESYNC};
 use crate::error::ReconcileError;
 use crate::keeper::KeeperError;
+use crate::leader::Leadership;
 use crate::{Context, FIELD_MANAGER};
 
 pub const KIND: &str = "App";
@@ -195,7 +196,7 @@ async fn apply(app: &App, namespace: &str, context: &Context, store: &Store<App>
         Ok(admin) => admin,
         Err(error) => return failed(outcome, error),
     };
-    match publish(&admin, &document_of(app), &wanted).await {
+    match publish(&admin, &document_of(app), &wanted, &context.leadership).await {
         Ok(revision) => {
             outcome.revision = Some(revision);
             outcome.say(conditions::CONFIG_ACCEPTED, Status::True, "Accepted", "");
@@ -207,8 +208,8 @@ async fn apply(app: &App, namespace: &str, context: &Context, store: &Store<App>
             );
             outcome
         }
-        Err(AdminError::Refused { violations, .. }) => refused(outcome, &violations),
-        Err(error) => failed(outcome, error.into()),
+        Err(KeeperError::Admin(AdminError::Refused { violations, .. })) => refused(outcome, &violations),
+        Err(error) => failed(outcome, error),
     }
 }
 
@@ -223,6 +224,7 @@ fn failed(mut outcome: Outcome, error: KeeperError) -> Outcome {
     let reason = match &error {
         KeeperError::NoCertificate { .. } => "KeeperNotReady",
         KeeperError::Admin(AdminError::Unreachable { .. }) => "KeeperUnreachable",
+        KeeperError::Admin(AdminError::Denied(_)) => "KeeperDenied",
         _ => "KeeperFailed",
     };
     outcome.error = Some(error.into());
@@ -234,11 +236,16 @@ fn list(violations: &[Violation]) -> String {
 }
 
 /// Publishes the document unless it is there as it ought to be; gives its revision.
-async fn publish(admin: &Admin, document: &str, wanted: &Document) -> Result<u64, AdminError> {
+async fn publish(
+    admin: &Admin,
+    document: &str,
+    wanted: &Document,
+    leadership: &Leadership,
+) -> Result<u64, KeeperError> {
     let present = match admin.get(document, None).await {
         Ok(present) => Some(present),
         Err(AdminError::NotFound(_)) => None,
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     };
     let is_as_wanted = |effective: &serde_json::Value| {
         serde_json::from_value::<Document>(effective.clone()).is_ok_and(|present| present == *wanted)
@@ -256,6 +263,7 @@ async fn publish(admin: &Admin, document: &str, wanted: &Document) -> Result<u64
         expected_revision: present.map(|present| present.revision.revision),
         ..ChangeOptions::default()
     };
+    leadership.fence()?;
     Ok(admin.publish(document, &text, options).await?.revision)
 }
 
@@ -322,12 +330,23 @@ fn status(app: &App, outcome: &Outcome, now: Timestamp) -> AppStatus {
     status.name = Some(name_of(app));
     let revision = outcome.revision.and_then(|revision| i64::try_from(revision).ok());
     status.revision = revision.or(status.revision);
+    let generation = app.metadata.generation;
+    let varies = outcome.error.as_ref().is_some_and(ReconcileError::text_varies);
     for (type_, is, reason, message) in &outcome.conditions {
-        conditions::set(&mut status.conditions, type_, *is, reason, message, app.metadata.generation, now);
+        let before = conditions::get(&status.conditions, type_).filter(|before| {
+            before.status == is.as_str()
+                && before.reason == *reason
+                && before.observed_generation == generation
+        });
+        // Of texts that differ at each attempt the first is kept; the log has all of them.
+        let message = match before {
+            Some(before) if varies => before.message.clone(),
+            _ => message.clone(),
+        };
+        conditions::set(&mut status.conditions, type_, *is, reason, &message, generation, now);
     }
     for type_ in [KEYS_FOUND, conditions::CONFIG_ACCEPTED] {
         if !outcome.conditions.iter().any(|(told, ..)| *told == type_) {
-            let generation = app.metadata.generation;
             let message = "not looked at, for the reason that Ready tells";
             conditions::set(
                 &mut status.conditions,
@@ -387,6 +406,7 @@ async fn withdraw(
     }
     let admin = context.keepers.of(&context.client, namespace, &app.spec.cluster).await?;
     let options = ChangeOptions { author: FIELD_MANAGER.to_owned(), ..ChangeOptions::default() };
+    context.leadership.fence().map_err(KeeperError::from)?;
     match admin.change(&document_of(app), Change::Delete, options).await {
         Ok(_) | Err(AdminError::NotFound(_)) => Ok(()),
         Err(error) => Err(error.into()),
@@ -437,6 +457,36 @@ mod tests {
         assert_eq!((first.name.as_deref(), first.revision), (Some("shop"), Some(7)));
         app.metadata.generation = Some(4);
         assert_eq!(status(&app, &outcome(), at(2)).observed_generation, Some(4));
+    }
+
+    #[test]
+    fn a_text_that_is_another_one_each_time_is_written_once() {
+        let mut app = app();
+        let unreachable = |reason: &str| {
+            let keepers = "http://main-keeper:7400".to_owned();
+            let error = AdminError::Unreachable { keepers, reason: reason.to_owned() };
+            failed(Outcome::default(), error.into())
+        };
+        let message = |status: &AppStatus| {
+            conditions::get(&status.conditions, conditions::READY).unwrap().message.clone()
+        };
+        let first = status(&app, &unreachable("refused by port 40001"), at(1));
+        assert!(message(&first).contains("40001"));
+        app.status = Some(first.clone());
+        assert_eq!(status(&app, &unreachable("refused by port 40002"), at(2)), first, "nothing to write");
+        // Another reason, or another text of what says the same each time, is news.
+        let denied = failed(Outcome::default(), AdminError::Denied("no".to_owned()).into());
+        assert_eq!(message(&status(&app, &denied, at(3))), "the keeper does not allow it: no");
+        let missing = |what: &str| {
+            let error = KeeperError::NoCertificate { secret: "s".to_owned(), what: what.to_owned() };
+            failed(Outcome::default(), error)
+        };
+        app.status = Some(status(&app, &missing("is not there"), at(4)));
+        assert!(message(&status(&app, &missing("has no ca.crt"), at(5))).ends_with("has no ca.crt"));
+        // And so is the same with a resource that has changed.
+        app.status = Some(first);
+        app.metadata.generation = Some(4);
+        assert!(message(&status(&app, &unreachable("refused by port 40003"), at(6))).contains("40003"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt};
 use kube::runtime::controller::{Action, Config, Controller};
 use kube::runtime::reflector::{self, ObjectRef};
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::{Predicate, PredicateConfig, WatchStreamExt, predicates, watcher};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 use tracing::Instrument;
@@ -44,7 +44,12 @@ where
 {
     let (reader, writer) = reflector::store();
     let seen = watcher(api, watching()).default_backoff().modify(trim).reflect(writer).applied_objects();
-    Controller::for_stream(seen, reader)
+    // A status that was written is no reason to look again: one that differs each time would have no end.
+    let matters = predicates::generation
+        .combine(predicates::labels)
+        .combine(predicates::annotations)
+        .combine(predicates::finalizers);
+    Controller::for_stream(seen.predicate_filter(matters, PredicateConfig::default()), reader)
 }
 
 /// Objects that a controller follows besides its own kind; also those that go.

@@ -30,6 +30,16 @@ impl From<AdminError> for ReconcileError {
 }
 
 impl ReconcileError {
+    /// What it says may be different for each of several attempts that fail in the same way.
+    pub fn text_varies(&self) -> bool {
+        !matches!(
+            self,
+            ReconcileError::Keeper(
+                KeeperError::NoCertificate { .. } | KeeperError::Admin(AdminError::Denied(_))
+            )
+        )
+    }
+
     /// For metrics.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -43,6 +53,7 @@ impl ReconcileError {
                 "keeper_unreachable"
             }
             ReconcileError::Keeper(KeeperError::Admin(AdminError::Refused { .. })) => "keeper_refused",
+            ReconcileError::Keeper(KeeperError::Fenced(_)) => "not_leading",
             ReconcileError::Keeper(_) => "keeper",
             ReconcileError::TooLong(_) => "too_long",
             ReconcileError::Impossible(_) => "impossible",

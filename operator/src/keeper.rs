@@ -11,6 +11,8 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client};
 use parking_lot::Mutex;
 
+use crate::leader::Fenced;
+
 /// The Secret with the operator's certificate: `{cluster}-operator-tls`, of type kubernetes.io/tls, with `ca.crt`.
 pub fn certificate_secret(cluster: &str) -> String {
     format!("{cluster}-operator-tls")
@@ -32,6 +34,8 @@ pub enum KeeperError {
     Files(#[from] io::Error),
     #[error("{0}")]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    Fenced(#[from] Fenced),
 }
 
 /// Namespace and name of a PushCluster.

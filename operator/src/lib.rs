@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
 use crate::keeper::Keepers;
-use crate::leader::{Leadership, LeaseOptions};
+use crate::leader::{Leadership, LeaseOptions, State};
 use crate::metrics::Metrics;
 
 /// Who writes, in the eyes of server-side apply.
@@ -71,6 +71,7 @@ pub enum OperatorError {
 
 /// What every reconciler is given.
 pub struct Context {
+    /// Writes nothing while another leads.
     pub client: Client,
     /// The only namespace that is watched, if not all are.
     pub namespace: Option<String>,
@@ -116,12 +117,12 @@ pub struct OperatorHandle {
 pub async fn start(options: Options) -> Result<OperatorHandle, OperatorError> {
     let config = Config::infer().await?;
     let namespace = options.lease_namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
-    let client = Client::try_from(config.clone()).map_err(OperatorError::Client)?;
     let lease =
         LeaseOptions { namespace, identity: options.identity.clone(), duration: options.lease_duration };
     let metrics = Metrics::register(&options.metrics)?;
     let stop = CancellationToken::new();
     let (sender, leadership) = leader::leadership(stop.clone());
+    let client = leader::fence(config.clone(), leadership.clone()).map_err(OperatorError::Client)?;
     let context = Arc::new(Context {
         events: Events::new(client.clone(), &options.identity),
         keepers: Keepers::new(options.keeper_address, options.directory),
@@ -150,13 +151,14 @@ pub async fn start(options: Options) -> Result<OperatorHandle, OperatorError> {
 async fn run(
     config: Config,
     lease: LeaseOptions,
-    sender: watch::Sender<bool>,
+    sender: watch::Sender<State>,
     context: Arc<Context>,
 ) -> Result<(), OperatorError> {
     let mut controllers = JoinSet::new();
     let stop = context.stop.clone();
     controllers.spawn(ended(app::KIND, app::run(context.clone())));
-    let leading = leader::hold(config, lease, sender, context.metrics.leads.clone(), stop.clone());
+    let letting_go = CancellationToken::new();
+    let leading = leader::hold(config, lease, sender, context.metrics.leads.clone(), letting_go.clone());
     tokio::pin!(leading);
     tokio::select! {
         // With the set, everything ends that acts.
@@ -167,7 +169,12 @@ async fn run(
             Err(error) => return Err(OperatorError::Task(error.to_string())),
         },
     }
-    while controllers.join_next().await.is_some() {}
+    // What was begun is brought to its end first, and the lease renewed until then.
+    tokio::select! {
+        result = &mut leading => return Ok(result?),
+        () = async { while controllers.join_next().await.is_some() {} } => {}
+    }
+    letting_go.cancel();
     Ok(leading.await?)
 }
 
