@@ -1,8 +1,9 @@
 //! The operator as a process, against a real API server and a real keeper: who acts, and what becomes of apps.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use carillon_tests::carillon;
 use carillon_tests::keepers::{KeeperProcess, free_address, patiently};
@@ -10,11 +11,15 @@ use carillon_tests::kubernetes::{Kubernetes, Namespace, PATIENCE};
 use serde_json::{Value, json};
 use tokio::process::Child;
 
-/// A namespace, in a cluster that knows the resources.
+const ROLES: [&str; 2] = ["carillon-operator", "carillon-operator-lease"];
+
+/// A namespace, in a cluster that knows the resources, and what the operator may do.
 async fn namespace(name: &str) -> Option<Namespace> {
     let cluster = Kubernetes::api().await?;
     let crds = concat!(env!("CARGO_MANIFEST_DIR"), "/../crds");
     cluster.kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", crds]).await;
+    let rbac = concat!(env!("CARGO_MANIFEST_DIR"), "/../operator/rbac.yaml");
+    cluster.kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", rbac]).await;
     for kind in ["apps", "pushclusters"] {
         let name = format!("crd/{kind}.carillon.dev");
         cluster.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", &name]).await;
@@ -31,14 +36,17 @@ struct Operator {
 }
 
 impl Operator {
-    fn start(space: &Namespace, identity: &str, keeper: &str) -> Operator {
+    /// As a service account of that name, which may do what the operator's roles say.
+    async fn start(space: &Namespace, identity: &str, keeper: &str) -> Operator {
         let dir = tempfile::tempdir().unwrap();
+        let kubeconfig = dir.path().join("kubeconfig");
+        std::fs::write(&kubeconfig, account(space, identity).await).unwrap();
         let logs = dir.path().join("log");
         let ops = free_address();
         let mut command = carillon(&["operator", "--lease-seconds", "6", "--log-format", "text"]);
         command.args(["--namespace", &space.name, "--lease-namespace", &space.name, "--identity", identity]);
         command.args(["--keeper-address", keeper, "--ops", &ops.to_string()]);
-        command.env("KUBECONFIG", &space.cluster.kubeconfig);
+        command.env("KUBECONFIG", &kubeconfig);
         command.stdout(Stdio::null()).stderr(std::fs::File::create(&logs).unwrap());
         Operator { child: command.spawn().unwrap(), ops, logs, _dir: dir }
     }
@@ -74,6 +82,21 @@ impl Operator {
     }
 }
 
+/// Makes a service account with the operator's roles in this namespace; gives the kubeconfig of whoever it is.
+async fn account(space: &Namespace, name: &str) -> String {
+    space.kubectl(&["create", "serviceaccount", name]).await;
+    let subject = format!("--serviceaccount={}:{name}", space.name);
+    for role in ROLES {
+        let (binding, role) = (format!("{name}-{role}"), format!("--clusterrole={role}"));
+        space.kubectl(&["create", "rolebinding", &binding, &role, &subject]).await;
+    }
+    let token = space.kubectl(&["create", "token", name, "--duration=1h"]).await;
+    let config = space.cluster.kubectl(&["config", "view", "--raw", "--minify", "--output", "json"]).await;
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["users"][0]["user"] = json!({ "token": token.trim() });
+    config.to_string()
+}
+
 impl Drop for Operator {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -83,29 +106,136 @@ impl Drop for Operator {
     }
 }
 
+/// How long an operator may take to notice that the one that acted is gone: the lease, two looks at it, and a busy machine.
+const TAKEN_OVER: Duration = Duration::from_secs(20);
+
 #[tokio::test]
 async fn one_of_several_acts_and_another_when_that_is_gone() {
     let Some(space) = namespace("lead").await else { return };
-    let mut first = Operator::start(&space, "first", "http://127.0.0.1:1");
+    space.apply(&resource("PushCluster", "main", &json!({}))).await;
+    let nobody = "http://127.0.0.1:1";
+    let mut first = Operator::start(&space, "first", nobody).await;
     first.leads(true).await;
-    let second = Operator::start(&space, "second", "http://127.0.0.1:1");
+    let mut second = Operator::start(&space, "second", nobody).await;
     second.leads(false).await;
+
     // In order: the lease is given back.
     first.signal(libc::SIGTERM);
     let status = tokio::time::timeout(Duration::from_secs(30), first.child.wait()).await.unwrap().unwrap();
     assert!(status.success(), "{status}");
     second.leads(true).await;
-    // Out of order: whoever finds its lease with another acts no more, and ends with a reason.
-    second.signal(libc::SIGSTOP);
-    let third = Operator::start(&space, "third", "http://127.0.0.1:1");
-    third.leads(true).await;
-    let mut second = second;
-    second.signal(libc::SIGCONT);
-    let status = tokio::time::timeout(Duration::from_secs(60), second.child.wait()).await.unwrap().unwrap();
+
+    // Killed: the lease runs out.
+    let mut third = Operator::start(&space, "third", nobody).await;
+    third.leads(false).await;
+    second.child.kill().await.unwrap();
+    let killed = Instant::now();
+    space.apply(&resource("App", "killed", &json!({ "cluster": "main" }))).await;
+    app_is(&space, "killed", "False", "no keeper answers").await;
+    assert!(killed.elapsed() < TAKEN_OVER, "{:?}", killed.elapsed());
+
+    // Held up, for longer than the lease: it finds what has changed meanwhile, and must not act on it.
+    let fourth = Operator::start(&space, "fourth", nobody).await;
+    fourth.leads(false).await;
+    third.signal(libc::SIGSTOP);
+    space.apply(&resource("App", "stopped", &json!({ "cluster": "main" }))).await;
+    app_is(&space, "stopped", "False", "no keeper answers").await;
+    fourth.leads(true).await;
+    let fourth_leads = space.audit("fourth").into_iter().find(|asked| asked.verb == "update").unwrap().at;
+    for name in ["one", "two", "three"] {
+        space.apply(&resource("App", name, &json!({ "cluster": "main" }))).await;
+    }
+    third.signal(libc::SIGCONT);
+    let status = tokio::time::timeout(Duration::from_secs(60), third.child.wait()).await.unwrap().unwrap();
     assert_eq!(status.code(), Some(1));
-    let logs = std::fs::read_to_string(&second.logs).unwrap();
+    let logs = std::fs::read_to_string(&third.logs).unwrap();
     assert!(logs.contains("the operator cannot go on: the lease carillon-operator"), "{logs}");
-    third.leads(true).await;
+    app_is(&space, "three", "False", "no keeper answers").await;
+    fourth.leads(true).await;
+    let asked = space.audit("third");
+    let writes: Vec<&Asked> = asked.iter().filter(|asked| asked.writes()).collect();
+    assert!(writes.iter().any(|asked| asked.resource == "apps/status"), "it has acted: {asked:?}");
+    let late: Vec<_> = writes.iter().filter(|asked| asked.at > fourth_leads).collect();
+    assert!(late.is_empty(), "since {fourth_leads}: {late:?}");
+    assert!(asked.iter().any(|asked| asked.at > fourth_leads), "it went on: {asked:?}");
+
+    // With the cluster its apps go, though its keeper never answered.
+    space.kubectl(&["delete", "pushcluster/main"]).await;
+    space.kubectl(&["delete", "apps.carillon.dev", "--all", "--timeout=60s"]).await;
+}
+
+/// What an operator asked of the API server.
+#[derive(Debug)]
+struct Asked {
+    /// As the API server's clock says it: sorts as text.
+    at: String,
+    verb: String,
+    group: String,
+    /// With the subresource.
+    resource: String,
+    code: i64,
+}
+
+impl Asked {
+    fn writes(&self) -> bool {
+        !["get", "list", "watch"].contains(&self.verb.as_str())
+    }
+}
+
+trait Audit {
+    /// What a service account of the namespace asked for, in order.
+    fn audit(&self, account: &str) -> Vec<Asked>;
+}
+
+impl Audit for Namespace {
+    fn audit(&self, account: &str) -> Vec<Asked> {
+        let log = self.cluster.kubeconfig.with_file_name("logs").join("audit.log");
+        let user = format!("system:serviceaccount:{}:{account}", self.name);
+        let text = std::fs::read_to_string(log).unwrap();
+        let entries = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let ours = entries.filter(|entry| entry["user"]["username"] == user.as_str());
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let mut asked: Vec<Asked> = ours
+            .map(|entry| {
+                let object = &entry["objectRef"];
+                let sub = object["subresource"].as_str().map(|sub| format!("/{sub}")).unwrap_or_default();
+                Asked {
+                    at: text(&entry["requestReceivedTimestamp"]),
+                    verb: text(&entry["verb"]),
+                    group: text(&object["apiGroup"]),
+                    resource: format!("{}{sub}", text(&object["resource"])),
+                    code: entry["responseStatus"]["code"].as_i64().unwrap_or_default(),
+                }
+            })
+            .collect();
+        asked.sort_by(|a, b| a.at.cmp(&b.at));
+        asked
+    }
+}
+
+/// Group, resource, verb.
+type Right = (String, String, String);
+
+/// What the operator's roles allow.
+async fn granted(space: &Namespace) -> BTreeSet<Right> {
+    let mut rights = BTreeSet::new();
+    for role in ROLES {
+        let role = space.kubectl(&["get", "clusterrole", role, "--output", "json"]).await;
+        let role: Value = serde_json::from_str(&role).unwrap();
+        let strings = |list: &Value| -> Vec<String> {
+            list.as_array().unwrap().iter().map(|one| one.as_str().unwrap().to_owned()).collect()
+        };
+        for rule in role["rules"].as_array().unwrap() {
+            for group in strings(&rule["apiGroups"]) {
+                for resource in strings(&rule["resources"]) {
+                    for verb in strings(&rule["verbs"]) {
+                        rights.insert((group.clone(), resource.clone(), verb));
+                    }
+                }
+            }
+        }
+    }
+    rights
 }
 
 fn resource(kind: &str, name: &str, spec: &Value) -> String {
@@ -156,7 +286,7 @@ async fn an_app_is_what_its_resource_and_secrets_say() {
     let dir = tempfile::tempdir().unwrap();
     let mut keeper = KeeperProcess::alone(dir.path());
     keeper.start();
-    let operator = Operator::start(&space, "only", &keeper.endpoint());
+    let operator = Operator::start(&space, "only", &keeper.endpoint()).await;
     operator.leads(true).await;
 
     let spec = json!({
@@ -177,6 +307,14 @@ async fn an_app_is_what_its_resource_and_secrets_say() {
     let revision = app["status"]["revision"].as_i64().unwrap();
     let text = document(&keeper, "shop").await.expect("it is there");
     assert!(text.contains("the-first-key-of-the-shop") && text.contains("1000"), "{text}");
+
+    // A key that goes is told, and the keeper keeps what it has until it is back.
+    space.kubectl(&["delete", "secret", "keys"]).await;
+    app_is(&space, "shop", "False", "spec.apiKeys[0].secretRef: there is no Secret keys").await;
+    assert!(document(&keeper, "shop").await.is_some_and(|text| text.contains("the-first-key")));
+    space.apply(&secret("keys", "the-first-key-of-the-shop")).await;
+    let app = app_is(&space, "shop", "True", "the keeper has it as app/shop").await;
+    assert_eq!(app["status"]["revision"], revision, "it was there as it ought to be");
 
     // Nothing to be done is nothing done: neither here nor at the keeper.
     let before = operator.metric("carillon_operator_reconciles_total", "").await.unwrap();
@@ -228,4 +366,12 @@ async fn an_app_is_what_its_resource_and_secrets_say() {
     keeper.kill().await;
     space.kubectl(&["delete", "pushcluster/main"]).await;
     space.kubectl(&["delete", "app.carillon.dev/left", "--timeout=60s"]).await;
+
+    // It was refused nothing, and all that it may do it needs.
+    let asked = space.audit("only");
+    let forbidden: Vec<&Asked> = asked.iter().filter(|asked| [401, 403].contains(&asked.code)).collect();
+    assert!(forbidden.is_empty(), "{forbidden:?}");
+    let used = asked.into_iter().filter(|asked| !asked.group.is_empty() || !asked.resource.is_empty());
+    let used: BTreeSet<Right> = used.map(|asked| (asked.group, asked.resource, asked.verb)).collect();
+    assert_eq!(used, granted(&space).await);
 }
