@@ -12,6 +12,7 @@ pub mod events;
 pub mod keeper;
 pub mod leader;
 pub mod metrics;
+pub mod pool;
 
 use std::future::Future;
 use std::path::PathBuf;
