@@ -49,7 +49,7 @@ pub(super) fn scale(pool: &Pool, seen: &Seen, now: u64) -> Scaled {
         return Scaled { replicas, memory: Memory::default(), event: None, look_at: None };
     };
     let current = seen.memory.replicas.unwrap_or(pool.replicas).clamp(policy.min, policy.max.max(policy.min));
-    let needed = needed(policy, seen, now, current);
+    let needed = needed(pool, policy, seen, now, current);
     let (replicas, below) = decide(policy, seen.memory.below.as_ref(), current, needed, now);
     let event = (replicas != current).then(|| {
         let message = format!(
@@ -63,24 +63,41 @@ pub(super) fn scale(pool: &Pool, seen: &Seen, now: u64) -> Scaled {
     Scaled { replicas: replicas as usize, memory, event, look_at }
 }
 
+/// Reports are older than one another by this much at most, as a rule.
+const REPORTS_SECONDS: f64 = 8.0;
+
 /// How many pods the connections need; as many as there are to be while not all of them are known, or more when those
 /// that are known need more.
-fn needed(policy: &Autoscaling, seen: &Seen, now: u64, current: u32) -> u32 {
+fn needed(pool: &Pool, policy: &Autoscaling, seen: &Seen, now: u64, current: u32) -> u32 {
     let Some(keeper_since) = seen.keeper_since else { return current };
-    let mut connections = 0;
+    let (mut connections, mut counted_twice) = (0u64, 0.0);
     let mut is_all = true;
     for pod in seen.pods.iter().filter(|pod| pod.phase != Phase::Ended) {
         let answered = pod.gateway.as_ref().map(|gateway| gateway.answered_at.max(keeper_since));
-        let is_known = answered.is_some_and(|at| at + SILENT_AFTER_SECONDS > now);
+        let is_known = pod.is_registered && answered.is_some_and(|at| at + SILENT_AFTER_SECONDS > now);
         if is_known {
             connections += pod.connections();
+            // A device that moves may be in the reports of two gateways.
+            let rate = match (pod.job_running(), &pod.decision) {
+                (Some(job), _) => job.rate_per_second,
+                _ if pod.is_terminating => pool.rate_per_second,
+                // It may have begun.
+                (_, Some(decision)) if now <= decision.deadline => decision.rate_per_second,
+                _ => 0.0,
+            };
+            counted_twice += REPORTS_SECONDS * rate;
         } else if pod.is_ready && !pod.is_terminating {
             is_all = false;
         }
     }
-    let needed = connections.div_ceil(policy.connections_per_pod.max(1));
-    let needed = u32::try_from(needed).unwrap_or(u32::MAX).clamp(policy.min, policy.max.max(policy.min));
-    if is_all { needed } else { needed.max(current) }
+    let of = |connections: u64| {
+        let needed = connections.div_ceil(policy.connections_per_pod.max(1));
+        u32::try_from(needed).unwrap_or(u32::MAX).clamp(policy.min, policy.max.max(policy.min))
+    };
+    let least = of(connections.saturating_sub(counted_twice as u64));
+    let most = if is_all { of(connections) } else { u32::MAX };
+    // Between the two nothing speaks for a change.
+    current.clamp(least, most)
 }
 
 fn decide(

@@ -78,8 +78,9 @@ impl<'a> Census<'a> {
         self.doomed = doomed;
     }
 
+    /// A pod that an update has nothing to do with; while it is paused, one whose drain has not been decided.
     fn is_current(&self, pod: &Pod) -> bool {
-        self.pool.paused || pod.revision == self.pool.revision
+        pod.revision == self.pool.revision || (self.pool.paused && !is_drained_for(pod, Why::Update))
     }
 
     fn is_good(&self, pod: &Pod) -> bool {
@@ -195,6 +196,10 @@ impl<'a> Census<'a> {
 /// It is decided that all its devices go.
 pub fn is_leaving(pod: &Pod) -> bool {
     matches!(&pod.decision, Some(decision) if decision.what == What::Drain)
+}
+
+fn is_drained_for(pod: &Pod, why: Why) -> bool {
+    matches!(&pod.decision, Some(decision) if decision.what == What::Drain && decision.why == why)
 }
 
 pub fn names(pods: &[&Pod]) -> Vec<String> {

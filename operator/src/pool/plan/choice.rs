@@ -16,7 +16,8 @@ pub fn choose(census: &Census, plan: &mut Plan) {
     for doomed in census.doomed.iter().filter(|doomed| !is_leaving(doomed.pod)) {
         if census.holds_nobody(doomed.pod) {
             plan.delete(&doomed.pod.name, None, "nobody is connected to it");
-            let message = format!("pod {} holds nobody and is deleted ({})", doomed.pod.name, doomed.why.text());
+            let message =
+                format!("pod {} holds nobody and is deleted ({})", doomed.pod.name, doomed.why.text());
             plan.tell(Some(&doomed.pod.name), Event::normal("PodDeleted", message));
         } else {
             candidates.push(*doomed);
@@ -131,9 +132,10 @@ fn pick<'a>(
         if census.is_up(pod) && spare == 0 {
             continue;
         }
-        let has_waited = pod.decision.as_ref().is_some_and(|decision| {
-            decision.what == What::Wait && census.now >= decision.deadline
-        });
+        let has_waited = pod
+            .decision
+            .as_ref()
+            .is_some_and(|decision| decision.what == What::Wait && census.now >= decision.deadline);
         if connections > share && (offer.drains || !chosen.is_empty()) {
             continue;
         }

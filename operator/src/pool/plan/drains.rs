@@ -30,7 +30,10 @@ fn drain(census: &Census, doomed: Doomed, decision: &Decision, plan: &mut Plan) 
         plan.delete(&pod.name, None, "drained");
         let drained = format!("pod {} is drained and deleted ({})", pod.name, doomed.why.text());
         let event = if census.now >= decision.deadline {
-            Event::warning("DrainForced", format!("{drained}; at its deadline the gateway closed who was left"))
+            Event::warning(
+                "DrainForced",
+                format!("{drained}; at its deadline the gateway closed who was left"),
+            )
         } else {
             Event::normal("PodDrained", drained)
         };
@@ -125,7 +128,8 @@ fn has_bad_targets(census: &Census, decision: &Decision) -> bool {
         let mut left = census.doomed.iter().filter(|doomed| is_target(doomed.pod)).peekable();
         left.peek().is_none() || left.any(|doomed| is_leaving(doomed.pod))
     } else {
-        census.doomed.iter().any(|doomed| is_target(doomed.pod)) || !census.kept.iter().any(|pod| is_target(pod))
+        census.doomed.iter().any(|doomed| is_target(doomed.pod))
+            || !census.kept.iter().any(|pod| is_target(pod))
     }
 }
 

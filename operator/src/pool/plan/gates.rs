@@ -43,12 +43,11 @@ fn doomed_are_out(census: &Census) -> bool {
     }
     let targets = census.targets();
     let room = targets.iter().fold(0u64, |sum, pod| sum.saturating_add(pod.room(census.pool)));
-    let is_begun = census.doomed.iter().any(|doomed| !doomed.pod.is_serving && census.is_up(doomed.pod));
-    if is_begun {
+    let emptied = census.doomed.iter().map(|doomed| doomed.pod);
+    let emptied: Vec<&Pod> = emptied.filter(|pod| !is_leaving(pod) && !census.holds_nobody(pod)).collect();
+    if emptied.iter().any(|pod| !pod.is_serving) {
         return room > 0;
     }
-    let emptied = census.doomed.iter().map(|doomed| doomed.pod);
-    let emptied = emptied.filter(|pod| !is_leaving(pod) && !census.holds_nobody(pod));
-    let first = emptied.map(|pod| pod.connections()).min().unwrap_or(0);
+    let first = emptied.iter().map(|pod| pod.connections()).min().unwrap_or(0);
     !targets.is_empty() && !census.is_starting() && room >= first.max(1)
 }

@@ -16,7 +16,7 @@ pub struct Pool {
     pub replicas: u32,
     pub max_surge: Amount,
     pub max_unavailable: Amount,
-    /// Pods of other revisions stay, and what an update had begun is stopped.
+    /// Pods of other revisions stay; those that are being drained for an update still go.
     pub paused: bool,
     /// Devices a second, of all pods that drain or rebalance together.
     pub rate_per_second: f64,
@@ -33,7 +33,7 @@ pub struct Pool {
 pub struct Rebalancing {
     /// A pod may hold so much more or less than its share.
     pub tolerance_percent: u32,
-    /// Between two rebalances of the pool, and of one device.
+    /// Between two rebalances of the pool (30 at least), and of one device.
     pub cooldown_seconds: u64,
 }
 

@@ -46,7 +46,12 @@ pub fn progress(census: &Census, blocked: Option<&str>) -> Progress {
 }
 
 fn conditions(census: &Census, ready: usize, blocked: Option<&str>) -> Vec<Condition> {
-    let condition = |kind, is_true, reason, message: &str| Condition { kind, is_true, reason, message: message.to_owned() };
+    let condition = |kind, is_true, reason, message: &str| Condition {
+        kind,
+        is_true,
+        reason,
+        message: message.to_owned(),
+    };
     let needed = census.desired - census.budget.unavailable;
     let is_available = ready >= needed;
     let available = if is_available {
@@ -72,7 +77,9 @@ fn conditions(census: &Census, ready: usize, blocked: Option<&str>) -> Vec<Condi
     let (reason, message) = degraded.unwrap_or(("AsWanted", String::new()));
     let degraded = condition("Degraded", is_degraded, reason, &message);
     let ready = match (&available, &progressing, &degraded) {
-        (available, ..) if !available.is_true => condition("Ready", false, available.reason, &available.message),
+        (available, ..) if !available.is_true => {
+            condition("Ready", false, available.reason, &available.message)
+        }
         (.., degraded) if degraded.is_true => condition("Ready", false, degraded.reason, &degraded.message),
         (_, progressing, _) if progressing.is_true => {
             condition("Ready", false, progressing.reason, &progressing.message)

@@ -20,6 +20,7 @@ const BEGINS_WITHIN_SECONDS: u64 = 60;
 const CLOCKS_SECONDS: u64 = 30;
 /// After one that moved nobody (MQTT 3.1.1 cannot be told where to go), so many cool-downs.
 const IN_VAIN: u64 = 10;
+const LEAST_COOLDOWN_SECONDS: u64 = 30;
 /// What is known must not be older.
 const FRESH_SECONDS: u64 = 30;
 
@@ -54,10 +55,13 @@ fn go_on(census: &Census, pod: &Pod, decision: &Decision, is_at_rest: bool, plan
     if pod.job_running().is_some() {
         return;
     }
-    let job = pod.gateway.as_ref().and_then(|gateway| gateway.job.as_ref()).filter(|job| {
-        job.kind == JobKind::Rebalance && job.began_at + CLOCKS_SECONDS >= decision.since
-    });
-    let cooldown = census.pool.rebalance.map_or(0, |policy| policy.cooldown_seconds);
+    let job = pod
+        .gateway
+        .as_ref()
+        .and_then(|gateway| gateway.job.as_ref())
+        .filter(|job| job.kind == JobKind::Rebalance && job.began_at + CLOCKS_SECONDS >= decision.since);
+    let cooldown =
+        census.pool.rebalance.map_or(0, |policy| policy.cooldown_seconds.max(LEAST_COOLDOWN_SECONDS));
     if let (None, true, Some(policy)) = (job, census.now < decision.deadline, census.pool.rebalance) {
         let begins_at = decision.since.saturating_add(SETTLES_WITHIN_SECONDS);
         if census.now < begins_at {
@@ -80,7 +84,8 @@ fn start(census: &Census, pod: &Pod, decision: &Decision, policy: Rebalancing, p
     let shares = shares(census);
     let share = census.kept.iter().zip(&shares).find(|(kept, _)| kept.name == pod.name);
     let count = pod.connections().saturating_sub(share.map_or(u64::MAX, |(_, share)| *share));
-    if count == 0 || !is_uneven(census, &shares, policy) {
+    let is_there = |target: &String| census.kept.iter().any(|pod| pod.name == *target);
+    if count == 0 || !is_uneven(census, &shares, policy) || !decision.targets.iter().all(is_there) {
         return plan.add(Action::ClearDecision { pod: pod.name.clone() });
     }
     plan.add(Action::Rebalance {

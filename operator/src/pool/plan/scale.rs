@@ -43,6 +43,9 @@ pub fn create(census: &Census, plan: &mut Plan) {
 pub fn delete_all(census: &Census, plan: &mut Plan) {
     for pod in &census.alive {
         plan.delete(&pod.name, None, "no pods are wanted");
-        plan.tell(Some(&pod.name), Event::normal("PodDeleted", format!("pod {}: no pods are wanted", pod.name)));
+        plan.tell(
+            Some(&pod.name),
+            Event::normal("PodDeleted", format!("pod {}: no pods are wanted", pod.name)),
+        );
     }
 }

@@ -76,7 +76,11 @@ fn command(world: &mut World, line: &str) -> String {
         "quietly" => {
             // Runs until it is quiet, without telling.
             world.is_traced = false;
-            assert!(world.run_until_quiet(100, 3000).is_some(), "it does not come to rest:\n{}", world.table());
+            assert!(
+                world.run_until_quiet(100, 3000).is_some(),
+                "it does not come to rest:\n{}",
+                world.table()
+            );
             world.is_traced = true;
         }
         "pods" => output = world.table(),

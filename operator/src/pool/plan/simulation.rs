@@ -167,8 +167,7 @@ impl World {
     }
 
     fn takes(&self, pod: &Pod_) -> bool {
-        pod.is_target()
-            && self.held(&pod.seen.name) < self.pool.max_connections.unwrap_or(u64::MAX)
+        pod.is_target() && self.held(&pod.seen.name) < self.pool.max_connections.unwrap_or(u64::MAX)
     }
 
     /// The emptiest pod that a device can go to: one of these, or else any in the Service.
@@ -196,7 +195,9 @@ impl World {
     fn move_devices(&mut self) {
         for index in 0..self.pods.len() {
             let name = self.pods[index].seen.name.clone();
-            let Some(mut job) = self.pods[index].job.clone().filter(|job| job.job.is_running) else { continue };
+            let Some(mut job) = self.pods[index].job.clone().filter(|job| job.job.is_running) else {
+                continue;
+            };
             if self.pods[index].is_dead {
                 continue;
             }
@@ -209,7 +210,8 @@ impl World {
                     job.left = Some(0);
                     break;
                 }
-                let device = self.devices.iter_mut().find(|device| device.at.as_deref() == Some(&name)).unwrap();
+                let device =
+                    self.devices.iter_mut().find(|device| device.at.as_deref() == Some(&name)).unwrap();
                 device.at = to;
                 device.moved += 1;
                 job.job.moved += 1;
@@ -333,7 +335,10 @@ impl World {
     /// Pods that really take devices.
     fn serving(&self) -> usize {
         let serves = |pod: &&Pod_| {
-            pod.seen.is_ready && pod.state == State::Active && !pod.seen.is_terminating && !is_leaving(&pod.seen)
+            pod.seen.is_ready
+                && pod.state == State::Active
+                && !pod.seen.is_terminating
+                && !is_leaving(&pod.seen)
         };
         self.pods.iter().filter(serves).count()
     }
@@ -343,9 +348,8 @@ impl World {
         match action {
             Action::StartDrain { pod, targets, .. } => {
                 let decision = find(pod).seen.decision.as_ref();
-                let is_decided = decision.is_some_and(|decision| {
-                    decision.what == What::Drain && decision.targets == *targets
-                });
+                let is_decided = decision
+                    .is_some_and(|decision| decision.what == What::Drain && decision.targets == *targets);
                 assert!(is_decided, "{pod} is drained as decided before:\n{}", self.trace);
                 assert!(!find(pod).seen.is_terminating, "{pod} drains already");
                 assert!(!targets.contains(pod), "{pod} is drained into itself");
@@ -400,8 +404,10 @@ impl World {
         let running = self.pods.iter().filter(|pod| !pod.seen.is_terminating && !pod.is_dead);
         let jobs = running.filter_map(|pod| pod.job.as_ref()).filter(|job| job.job.is_running);
         let sum: f64 = jobs.map(|job| job.job.rate_per_second).sum();
-        // A rate that is lowered holds for those that begin later.
-        self.most_rate = self.most_rate.min(sum).max(self.pool.rate_per_second);
+        // A rate that is lowered holds for those that are decided later.
+        let is_decided = self.pods.iter().any(|pod| pod.seen.decision.is_some());
+        let until_now = if sum > 0.0 || is_decided { self.most_rate } else { 0.0 };
+        self.most_rate = until_now.max(self.pool.rate_per_second);
         let most = self.most_rate + 0.1 * self.pods.len() as f64;
         assert!(sum <= most, "{sum} devices a second, {most} is the rate:\n{}", self.trace);
     }
@@ -441,7 +447,14 @@ impl World {
                     return Err("busy");
                 }
                 pod.state = State::Draining;
-                pod.start(JobKind::Drain, now, *rate_per_second, targets.clone(), None, now + deadline_seconds);
+                pod.start(
+                    JobKind::Drain,
+                    now,
+                    *rate_per_second,
+                    targets.clone(),
+                    None,
+                    now + deadline_seconds,
+                );
             }
             Action::StopDrain { pod } => {
                 let pod = self.hears(pod)?;

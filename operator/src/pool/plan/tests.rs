@@ -131,7 +131,7 @@ fn assert_as_wanted(world: &World) {
         let is_fine = pod.seen.revision == world.pool.revision
             && pod.seen.is_serving
             && pod.state == State::Active
-            && pod.seen.decision.is_none();
+            && pod.seen.decision.as_ref().is_none_or(|decision| decision.what == What::Rebalance);
         assert!(is_fine, "{}:\n{}", pod.seen.name, table());
         let held: u64 = world.pods.iter().map(|pod| world.held(&pod.seen.name)).sum();
         let share = held / desired as u64;
@@ -140,8 +140,14 @@ fn assert_as_wanted(world: &World) {
     }
 }
 
+/// Few enough for each build; `PROPTEST_CASES` asks for more.
+fn config() -> ProptestConfig {
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    if std::env::var_os("PROPTEST_CASES").is_some() { config } else { ProptestConfig { cases: 60, ..config } }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     /// Whatever has happened, when it ends the pool becomes what is wanted, and then nothing is done any more.
     #[test]
@@ -173,6 +179,7 @@ proptest! {
         prop_assert!(actions <= world.pods.len(), "{}", world.trace);
         let actions: usize = (0..100).map(|_| world.tick()).sum();
         prop_assert_eq!(actions, 0);
+        prop_assert!(world.pods.iter().all(|pod| pod.seen.decision.is_none()));
     }
 
     /// An update, with an operator that dies whenever it likes: each device moves once, and the load is even afterwards.
@@ -203,7 +210,8 @@ proptest! {
             world.run(seconds);
             world.dies_after = Some(after);
         }
-        prop_assert!(world.run_until_quiet(100, 3000).is_some(), "{}\n{}", world.trace, world.table());
+        // Longer than one drain may be.
+        prop_assert!(world.run_until_quiet(150, 3000).is_some(), "{}\n{}", world.trace, world.table());
         assert_as_wanted(&world);
         let most = world.devices.iter().map(|device| device.moved).max().unwrap_or(0);
         prop_assert!(most <= 1, "{}", world.trace);
