@@ -24,6 +24,7 @@ mod scale;
 mod scenarios;
 #[cfg(test)]
 mod simulation;
+mod targets;
 #[cfg(test)]
 mod tests;
 

@@ -3,8 +3,9 @@
 use super::actions::{Action, Event, Plan};
 use super::census::{Census, Doomed, is_leaving};
 use super::decision::What;
-use super::drains::{decided, free_rate, makes_room, on_the_way, targets_for};
+use super::drains::{decided, free_rate};
 use super::given::{JobKind, Pod};
+use super::targets::{fair_share, lacking, makes_room, room, targets_for};
 
 /// No drain is slower; the gateway takes no smaller rate.
 const LEAST_RATE: f64 = 0.1;
@@ -96,22 +97,6 @@ struct Offer {
     drains: bool,
 }
 
-fn room(census: &Census, targets: &[&Pod]) -> u64 {
-    let room = targets.iter().fold(0u64, |sum, pod| sum.saturating_add(pod.room(census.pool)));
-    room.saturating_sub(on_the_way(census))
-}
-
-/// How many devices the targets can take until they hold what will be theirs when all pods are there: those that are made
-/// last must not stay empty, or devices would have to move again.
-fn fair_share(census: &Census, targets: &[&Pod]) -> u64 {
-    let there = census.alive.iter().chain(census.terminating.iter().filter(|pod| !census.is_silent(pod)));
-    let all: u128 = there.map(|pod| u128::from(pod.connections())).sum();
-    let theirs = all * targets.len() as u128 / census.desired as u128;
-    let held: u128 = targets.iter().map(|pod| u128::from(pod.connections())).sum();
-    let left = theirs.saturating_sub(held + u128::from(on_the_way(census)));
-    u64::try_from(left).unwrap_or(u64::MAX)
-}
-
 /// Who of the candidates can go together; whether one of them has waited for room in vain; and the first that has none.
 fn pick<'a>(
     census: &Census<'a>,
@@ -160,11 +145,12 @@ fn drain(census: &Census, chosen: &[Doomed], plan: &mut Plan) {
     let sum: f64 = chosen.iter().map(|doomed| weight(doomed.pod)).sum();
     // Each has the least rate, and what is over is shared.
     let over = free - LEAST_RATE * chosen.len() as f64;
+    let devices = chosen.iter().map(|doomed| doomed.pod.connections()).sum();
     for doomed in chosen {
         let pod = doomed.pod;
         let rate = LEAST_RATE + over * weight(pod) / sum;
-        let rate = (rate * 10.0 + 1e-6).floor() / 10.0;
-        let targets = targets_for(census, pod);
+        let rate = (rate * 100.0 + 1e-6).floor() / 100.0;
+        let targets = lacking(census, targets_for(census, pod), devices);
         let decision = decided(census, What::Drain, doomed.why, &targets, rate);
         plan.add(Action::Decide { pod: pod.name.clone(), decision });
         let what = format!("pod {}, {}: its {} devices go", pod.name, doomed.why.text(), pod.connections());

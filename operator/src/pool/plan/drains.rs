@@ -4,6 +4,7 @@ use super::actions::{Action, Event, Plan};
 use super::census::{Census, Doomed, is_leaving, names};
 use super::decision::{Decision, What, Why};
 use super::given::{JobKind, Pod, State};
+use super::targets::{makes_room, targets_for};
 
 /// At the deadline the gateway itself closes who is left; so long it may take until that is seen.
 const MARGIN_SECONDS: u64 = 15;
@@ -102,25 +103,6 @@ fn give_up(census: &Census, pod: &Pod, decision: &Decision, plan: &mut Plan) -> 
     true
 }
 
-/// The pods that a pod's devices may be sent to.
-pub fn targets_for<'a>(census: &Census<'a>, pod: &Pod) -> Vec<&'a Pod> {
-    let targets = census.targets();
-    if !targets.is_empty() || !makes_room(census) {
-        return targets;
-    }
-    let others = census.doomed.iter().map(|doomed| doomed.pod);
-    let mut others: Vec<&Pod> =
-        others.filter(|other| other.name != pod.name && census.is_capable(other)).collect();
-    others.sort_by_key(|pod| (pod.connections(), &pod.name));
-    others
-}
-
-/// There is no pod of those wanted, and no room to make one: one must go, and its devices to others that will go later.
-/// Only without a surge, or when the revision changes again in the middle of an update.
-pub fn makes_room(census: &Census) -> bool {
-    census.desired > 0 && census.kept.is_empty() && census.to_create() == 0
-}
-
 /// Some of the targets will be drained themselves, or none is left.
 fn has_bad_targets(census: &Census, decision: &Decision) -> bool {
     let is_target = |pod: &Pod| decision.targets.contains(&pod.name);
@@ -160,13 +142,6 @@ pub fn free_rate(census: &Census) -> f64 {
         pod.job_running().filter(|job| job.kind == JobKind::Drain).map_or(0.0, |job| job.rate_per_second)
     });
     census.pool.rate_per_second - of_alive.sum::<f64>() - of_terminating.sum::<f64>()
-}
-
-/// Devices that are on their way to others, or soon will be.
-pub fn on_the_way(census: &Census) -> u64 {
-    let leaving = census.alive.iter().filter(|pod| is_leaving(pod));
-    let terminating = census.terminating.iter().filter(|pod| !census.is_silent(pod));
-    leaving.chain(terminating).fold(0, |sum, pod| sum.saturating_add(pod.connections()))
 }
 
 /// A drain that begins now.

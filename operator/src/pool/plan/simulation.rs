@@ -218,7 +218,7 @@ impl World {
                 job.due -= 1.0;
                 job.left = job.left.map(|left| left - 1);
             }
-            job.due = job.due.min(job.job.rate_per_second);
+            job.due = job.due.min(job.job.rate_per_second.max(1.0));
             if self.held(&name) == 0 || job.left == Some(0) {
                 job.job.is_running = false;
                 if is_drain {

@@ -171,15 +171,13 @@ proptest! {
         if world.pool.revision == "broken" {
             world.pool.revision = "a".to_owned();
         }
-        let rest = world.run_until_quiet(100, 5000);
+        // Marks of rebalances that moved nobody stay longest: 300 s.
+        let rest = world.run_until_quiet(320, 8000);
         prop_assert!(rest.is_some(), "it does not come to rest:\n{}\n{}", world.trace, world.table());
         assert_as_wanted(&world);
-        // For ever: markers of rebalances that moved nobody are taken away last.
-        let actions: usize = (0..400).map(|_| world.tick()).sum();
-        prop_assert!(actions <= world.pods.len(), "{}", world.trace);
         let actions: usize = (0..100).map(|_| world.tick()).sum();
         prop_assert_eq!(actions, 0);
-        prop_assert!(world.pods.iter().all(|pod| pod.seen.decision.is_none()));
+        prop_assert!(world.pods.iter().all(|pod| pod.seen.decision.is_none()), "{}", world.table());
     }
 
     /// An update, with an operator that dies whenever it likes: each device moves once, and the load is even afterwards.
