@@ -120,7 +120,7 @@ pub async fn gateway(args: GatewayArgs, logs: LogHandle) -> anyhow::Result<Runni
         Process::open(&args.process, "gateway", args.labels.instance.as_deref(), tls.as_ref()).await?;
     let labels = args.labels.labels();
     let agent = process.agent(args.keeper, tls, &[Role::Gateway], &labels);
-    let mut listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
+    let mut listeners = listeners::of_flags(args.mqtt.0, args.ws.0, &args.tls)?;
     for listener in &mut listeners {
         listener.advertise = match listener.protocol {
             Protocol::Mqtt => args.advertise_mqtt.clone(),

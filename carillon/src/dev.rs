@@ -33,7 +33,7 @@ pub async fn start(args: DevArgs, logs: LogHandle) -> anyhow::Result<Running> {
     let http = listen(args.http, "--http", "the API and the console").await?;
     let ops_listener = listen(args.ops, "--ops", "metrics and health").await?;
     // The gateway listens for itself, but last: what is in its way had better be said first.
-    let listeners = listeners::of_flags(args.mqtt, args.ws, &args.tls)?;
+    let listeners = listeners::of_flags(Some(args.mqtt), Some(args.ws), &args.tls)?;
     for listener in &listeners {
         let (address, flag, purpose) = listeners::named(listener)?;
         drop(listen(address, &flag, purpose).await?);

@@ -14,7 +14,11 @@ use crate::args::TlsArgs;
 use crate::process::cannot_listen;
 
 /// Each is named by its protocol.
-pub fn of_flags(mqtt: SocketAddr, ws: SocketAddr, tls: &TlsArgs) -> anyhow::Result<Vec<ListenerConfig>> {
+pub fn of_flags(
+    mqtt: Option<SocketAddr>,
+    ws: Option<SocketAddr>,
+    tls: &TlsArgs,
+) -> anyhow::Result<Vec<ListenerConfig>> {
     let listener = |protocol: Protocol, address: SocketAddr, tls: Option<TlsConfig>| ListenerConfig {
         name: protocol.to_string(),
         protocol,
@@ -23,7 +27,9 @@ pub fn of_flags(mqtt: SocketAddr, ws: SocketAddr, tls: &TlsArgs) -> anyhow::Resu
         proxy_protocol: false,
         tls,
     };
-    let mut listeners = vec![listener(Protocol::Mqtt, mqtt, None), listener(Protocol::Ws, ws, None)];
+    let plain = [(Protocol::Mqtt, mqtt), (Protocol::Ws, ws)];
+    let plain = plain.into_iter().filter_map(|(protocol, address)| Some(listener(protocol, address?, None)));
+    let mut listeners: Vec<ListenerConfig> = plain.collect();
     for (protocol, address) in [(Protocol::Mqtts, tls.mqtts), (Protocol::Wss, tls.wss)] {
         if let (Some(address), Some(certificate), Some(key)) = (address, &tls.tls_certificate, &tls.tls_key) {
             let tls = TlsConfig {

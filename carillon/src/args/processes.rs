@@ -205,12 +205,12 @@ pub struct GatewayArgs {
     pub keeper: Vec<String>,
     #[command(flatten)]
     pub access: KeeperAccessArgs,
-    /// MQTT for devices
-    #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS")]
-    pub mqtt: SocketAddr,
-    /// MQTT over WebSocket
-    #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS")]
-    pub ws: SocketAddr,
+    /// MQTT for devices; none: not at all, where all are to use TLS
+    #[arg(long, env = "CARILLON_MQTT", default_value = "127.0.0.1:1883", value_name = "ADDRESS", value_parser = or_none)]
+    pub mqtt: OrNone,
+    /// MQTT over WebSocket; none: not at all
+    #[arg(long, env = "CARILLON_WS", default_value = "127.0.0.1:8083", value_name = "ADDRESS", value_parser = or_none)]
+    pub ws: OrNone,
     #[command(flatten)]
     pub tls: TlsArgs,
     /// How devices reach the MQTT address, as host:port, when it is not the one it listens on
@@ -228,6 +228,20 @@ pub struct GatewayArgs {
     /// Threads that hold connections; 0 = one for each CPU
     #[arg(long, env = "CARILLON_SHARDS", default_value_t = 0)]
     pub shards: usize,
+}
+
+/// An address to listen on, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OrNone(pub Option<SocketAddr>);
+
+fn or_none(text: &str) -> Result<OrNone, String> {
+    match text {
+        "none" => Ok(OrNone(None)),
+        address => match address.parse() {
+            Ok(address) => Ok(OrNone(Some(address))),
+            Err(_) => Err("must be ip:port, or none".to_owned()),
+        },
+    }
 }
 
 /// Listeners over TLS. More of them, and more of what they can do, are in the `gateway` document.
@@ -256,5 +270,23 @@ fn hub_role(name: &str) -> Result<Role, String> {
         Err("a hub has no gateway: run `carillon gateway`".to_owned())
     } else {
         Ok(role)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gateway_can_be_without_listeners_of_the_command_line() {
+        assert_eq!(or_none("none"), Ok(OrNone(None)));
+        assert_eq!(or_none("[::1]:1883"), Ok(OrNone(Some("[::1]:1883".parse().unwrap()))));
+        assert_eq!(or_none("off"), Err("must be ip:port, or none".to_owned()));
+        let tls =
+            TlsArgs { mqtts: None, wss: None, tls_certificate: None, tls_key: None, tls_client_ca: None };
+        let some = Some("127.0.0.1:0".parse().unwrap());
+        for (mqtt, ws, expected) in [(None, None, 0), (some, None, 1), (None, some, 1), (some, some, 2)] {
+            assert_eq!(crate::listeners::of_flags(mqtt, ws, &tls).unwrap().len(), expected);
+        }
     }
 }
