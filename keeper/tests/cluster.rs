@@ -388,6 +388,30 @@ async fn a_node_that_grew_a_cluster_starts_again_without_peers() {
     cluster.stop_all().await;
 }
 
+/// It was the only one that it was told of when it founded the cluster; so it would found another one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_founder_that_was_alone_comes_back_without_its_disk_when_it_is_told_of_those_who_came() {
+    let mut cluster = Cluster::of(1).await;
+    cluster.write(0, "k", "1").await;
+    let (before, id) = (cluster.id(0), cluster.keeper(0).status().cluster_id);
+    for place in 1..3 {
+        let address = free_address(place).await;
+        let directory = cluster.directory.path().join(place.to_string());
+        cluster.peers.push(address.clone());
+        cluster.nodes.push(Node { address, directory, keeper: None });
+        cluster.start(place).await;
+        cluster.settled(place + 1).await;
+    }
+    cluster.stop(0).await;
+    std::fs::remove_dir_all(&cluster.nodes[0].directory).unwrap();
+    cluster.start(0).await;
+    let members = cluster.settled(3).await;
+    assert!(members.iter().all(|member| member.node_id != before), "{members:?}");
+    assert_eq!(cluster.keeper(0).status().cluster_id, id, "it has not founded a cluster of its own");
+    assert_eq!(cluster.read(0, "k").await.as_deref(), Some("1"));
+    cluster.stop_all().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_address_that_nobody_knows_the_node_by_is_refused() {
     let directory = TempDir::new().unwrap();
