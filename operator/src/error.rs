@@ -2,6 +2,7 @@
 
 use carillon_agent::admin::AdminError;
 
+use crate::cluster::ClusterError;
 use crate::keeper::KeeperError;
 
 #[derive(Debug, thiserror::Error)]
@@ -10,6 +11,8 @@ pub enum ReconcileError {
     Kubernetes(#[from] Box<kube::Error>),
     #[error(transparent)]
     Keeper(#[from] KeeperError),
+    #[error(transparent)]
+    Cluster(Box<ClusterError>),
     #[error("it took longer than {0} s")]
     TooLong(u64),
     /// The API server has given what cannot be.
@@ -55,6 +58,7 @@ impl ReconcileError {
             ReconcileError::Keeper(KeeperError::Admin(AdminError::Refused { .. })) => "keeper_refused",
             ReconcileError::Keeper(KeeperError::Fenced(_)) => "not_leading",
             ReconcileError::Keeper(_) => "keeper",
+            ReconcileError::Cluster(error) => error.reason(),
             ReconcileError::TooLong(_) => "too_long",
             ReconcileError::Impossible(_) => "impossible",
         }

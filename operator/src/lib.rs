@@ -6,6 +6,7 @@
 
 pub mod app;
 pub mod backoff;
+pub mod cluster;
 pub mod controller;
 pub mod error;
 pub mod events;
@@ -157,6 +158,7 @@ async fn run(
 ) -> Result<(), OperatorError> {
     let mut controllers = JoinSet::new();
     let stop = context.stop.clone();
+    // Not `cluster::run` yet: it has not been shown on a real cluster, and operator/rbac.yaml has not what it needs.
     controllers.spawn(ended(app::KIND, app::run(context.clone())));
     let letting_go = CancellationToken::new();
     let leading = leader::hold(config, lease, sender, context.metrics.leads.clone(), letting_go.clone());
